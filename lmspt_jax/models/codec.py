@@ -1,0 +1,106 @@
+"""Encoder and decoder of the codec: strided convolutions down to frames, and back up to a waveform.
+
+DAC's networks (arXiv 2306.06546, section 3.1; PyPI `descript-audio-codec`, `dac.model.dac`) without DAC's output
+padding, as in the LM-SPT release.
+"""
+
+from __future__ import annotations
+
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+from lmspt_jax.models.layers import Conv1d, ResidualUnit, Snake, Upsample1d
+
+
+class EncoderBlock(nnx.Module):
+  """Residual units, snake, and a strided convolution that doubles the channels."""
+
+  def __init__(self, in_channels: int, out_channels: int, stride: int, dilations: tuple[int, ...], *, rngs: nnx.Rngs,
+               causal: bool = False):
+    self.units = nnx.List([ResidualUnit(in_channels, d, causal=causal, rngs=rngs) for d in dilations])
+    self.snake = Snake(in_channels)
+    self.conv = Conv1d(in_channels, out_channels, 2 * stride, stride=stride, padding=-(-stride // 2), causal=causal,
+                       rngs=rngs)
+
+  def __call__(self, x_BTC: Float[Array, 'B T C']) -> Float[Array, 'B S O']:
+    for unit in self.units:
+      x_BTC = unit(x_BTC)
+    return self.conv(self.snake(x_BTC))
+
+
+class Encoder(nnx.Module):
+  """Waveform to latents, one per `prod(strides)` samples.
+
+  Args:
+    channels: width after the first convolution; doubles with every stride.
+    strides: downsampling of each block.
+    latent_dim: width of the output.
+    dilations: of a block's residual units.
+    causal: no output depends on samples after the end of its frame.
+    rngs: stream `params`.
+  """
+
+  def __init__(self, channels: int, strides: tuple[int, ...], latent_dim: int, dilations: tuple[int, ...], *,
+               rngs: nnx.Rngs, causal: bool = False):
+    self.conv_in = Conv1d(1, channels, 7, padding=3, causal=causal, rngs=rngs)
+    blocks = []
+    for stride in strides:
+      blocks.append(EncoderBlock(channels, 2 * channels, stride, dilations, causal=causal, rngs=rngs))
+      channels *= 2
+    self.blocks = nnx.List(blocks)
+    self.snake_out = Snake(channels)
+    self.conv_out = Conv1d(channels, latent_dim, 3, padding=1, causal=causal, rngs=rngs)
+
+  def __call__(self, audio_BN: Float[Array, 'B N']) -> Float[Array, 'B T C']:
+    """N must be a multiple of the hop, else PyTorch's arithmetic drops the tail; the callers pad."""
+    x_BTC = self.conv_in(audio_BN[:, :, None])
+    for block in self.blocks:
+      x_BTC = block(x_BTC)
+    return self.conv_out(self.snake_out(x_BTC))
+
+
+class DecoderBlock(nnx.Module):
+  """Snake, a transposed convolution that halves the channels, and residual units."""
+
+  def __init__(self, in_channels: int, out_channels: int, rate: int, dilations: tuple[int, ...], *, rngs: nnx.Rngs,
+               causal: bool = False):
+    self.snake = Snake(in_channels)
+    self.upsample = Upsample1d(in_channels, out_channels, rate, causal=causal, rngs=rngs)
+    self.units = nnx.List([ResidualUnit(out_channels, d, causal=causal, rngs=rngs) for d in dilations])
+
+  def __call__(self, x_BTC: Float[Array, 'B T C']) -> Float[Array, 'B S O']:
+    x_BTC = self.upsample(self.snake(x_BTC))
+    for unit in self.units:
+      x_BTC = unit(x_BTC)
+    return x_BTC
+
+
+class Decoder(nnx.Module):
+  """Latents to a waveform in (-1, 1), about `prod(rates)` samples each (`layers.fit_length` gives exactly that).
+
+  Args:
+    latent_dim: width of the input.
+    channels: width before the first upsampling; halves with every rate.
+    rates: upsampling of each block.
+    dilations: of a block's residual units.
+    causal: no sample depends on later latents.
+    rngs: stream `params`.
+  """
+
+  def __init__(self, latent_dim: int, channels: int, rates: tuple[int, ...], dilations: tuple[int, ...], *,
+               rngs: nnx.Rngs, causal: bool = False):
+    self.conv_in = Conv1d(latent_dim, channels, 7, padding=3, causal=causal, rngs=rngs)
+    blocks = []
+    for rate in rates:
+      blocks.append(DecoderBlock(channels, channels // 2, rate, dilations, causal=causal, rngs=rngs))
+      channels //= 2
+    self.blocks = nnx.List(blocks)
+    self.snake_out = Snake(channels)
+    self.conv_out = Conv1d(channels, 1, 7, padding=3, causal=causal, rngs=rngs)
+
+  def __call__(self, z_BTC: Float[Array, 'B T C']) -> Float[Array, 'B N']:
+    x_BTC = self.conv_in(z_BTC)
+    for block in self.blocks:
+      x_BTC = block(x_BTC)
+    return jnp.tanh(self.conv_out(self.snake_out(x_BTC)))[:, :, 0]

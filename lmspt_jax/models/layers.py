@@ -1,0 +1,147 @@
+"""One-dimensional layers of the codec, channels last.
+
+Axes: B batch, N samples, T steps, K kernel taps, C and I channels in, O channels out.
+
+All convolutions are weight-normalised as in the release: parameters `weight_v` [K, I, O], `weight_g` and `bias` [O];
+the kernel is g * v / |v|, the norm taken over every axis but PyTorch's first. That is the output channel of a
+convolution and the *input* channel of a transposed one (arXiv 1602.07868; torch.nn.utils.weight_norm, dim=0).
+
+Kernels start as PyTorch's convolutions do (uniform within 1/sqrt(fan in)): the release asks for a narrower normal, but
+writes it to a tensor that weight norm overwrites. Biases start at 0.
+"""
+
+from __future__ import annotations
+
+import math
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jaxtyping import Array, Float
+
+# A TPU multiplies float32 in bfloat16 unless told otherwise, which would change which code is nearest.
+PRECISION = jax.lax.Precision.HIGHEST
+
+
+def _uniform(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
+  bound = 1 / math.sqrt(fan_in)
+  return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
+
+
+def normalised_kernel(v_KIO: Array, g: Array, axis: int) -> Array:
+  """g * v / |v| with the norm over all axes but `axis` (2: output channel, 1: input channel)."""
+  others = tuple(a for a in range(3) if a != axis)
+  shape = [1, 1, 1]
+  shape[axis] = -1
+  return v_KIO * (g.reshape(shape) / jnp.sqrt(jnp.sum(jnp.square(v_KIO), axis=others, keepdims=True)))
+
+
+class Snake(nnx.Module):
+  """x + sin^2(alpha x) / alpha with a learnt alpha per channel (arXiv 2006.08195)."""
+
+  def __init__(self, channels: int):
+    self.alpha = nnx.Param(jnp.ones((channels,), jnp.float32))
+
+  def __call__(self, x_BTC: Float[Array, 'B T C']) -> Float[Array, 'B T C']:
+    alpha = self.alpha[...]
+    return x_BTC + jnp.square(jnp.sin(alpha * x_BTC)) / (alpha + 1e-9)
+
+
+class Conv1d(nnx.Module):
+  """Weight-normalised convolution.
+
+  `padding` zeros on both sides; with `causal`, all of the padding that keeps ceil(T / stride) steps is on the left
+  (a step sees nothing after the end of its stride), with zeros on the right up to a whole stride.
+  """
+
+  def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, rngs: nnx.Rngs, stride: int = 1,
+               dilation: int = 1, padding: int = 0, causal: bool = False):
+    v_KIO = _uniform(rngs.params(), (kernel_size, in_channels, out_channels), in_channels * kernel_size)
+    self.weight_v = nnx.Param(v_KIO)
+    self.weight_g = nnx.Param(jnp.sqrt(jnp.sum(jnp.square(v_KIO), axis=(0, 1))))
+    self.bias = nnx.Param(jnp.zeros((out_channels,), jnp.float32))
+    self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
+    self.padding, self.causal = padding, causal
+
+  def __call__(self, x_BTC: Float[Array, 'B T C']) -> Float[Array, 'B S O']:
+    kernel_KIO = normalised_kernel(self.weight_v[...], self.weight_g[...], axis=2)
+    if self.kernel_size == 1 and self.stride == 1:
+      y_BSO = jnp.einsum('btc,co->bto', x_BTC, kernel_KIO[0], precision=PRECISION)
+      return y_BSO + self.bias[...]
+    padding = (self.padding, self.padding)
+    if self.causal:
+      reach = (self.kernel_size - 1) * self.dilation + 1
+      padding = (reach - self.stride, -x_BTC.shape[1] % self.stride)
+    y_BSO = jax.lax.conv_general_dilated(
+        x_BTC, kernel_KIO, (self.stride,), [padding], rhs_dilation=(self.dilation,),
+        dimension_numbers=('NWC', 'WIO', 'NWC'), precision=PRECISION)
+    return y_BSO + self.bias[...]
+
+
+class Upsample1d(nnx.Module):
+  """Weight-normalised transposed convolution with kernel 2 * rate.
+
+  Non-causal: ceil(rate / 2) steps are trimmed on both sides, so an odd rate comes out one step short (the release's
+  arithmetic). Causal: rate steps are trimmed on the right.
+  """
+
+  def __init__(self, in_channels: int, out_channels: int, rate: int, *, rngs: nnx.Rngs, causal: bool = False):
+    # PyTorch reads a transposed kernel's fan in off its second axis, the output channels.
+    v_KIO = _uniform(rngs.params(), (2 * rate, in_channels, out_channels), out_channels * 2 * rate)
+    self.weight_v = nnx.Param(v_KIO)
+    self.weight_g = nnx.Param(jnp.sqrt(jnp.sum(jnp.square(v_KIO), axis=(0, 2))))
+    self.bias = nnx.Param(jnp.zeros((out_channels,), jnp.float32))
+    self.rate, self.causal = rate, causal
+
+  def __call__(self, x_BTC: Float[Array, 'B T C']) -> Float[Array, 'B S O']:
+    kernel_KIO = normalised_kernel(self.weight_v[...], self.weight_g[...], axis=1)
+    y_BSO = transposed_convolution(x_BTC, kernel_KIO, self.rate)
+    start, stop = (0, self.rate) if self.causal else (-(-self.rate // 2),) * 2
+    return y_BSO[:, start : y_BSO.shape[1] - stop] + self.bias[...]
+
+
+def transposed_convolution(x_BTC: Array, kernel_KIO: Array, rate: int) -> Array:
+  """Untrimmed transposed convolution with K = 2 * rate taps: [B, T, C] -> [B, (T + 1) * rate, O].
+
+  One function, two formulations, chosen when the computation is lowered (`benchmarks/convolutions.py`): XLA's CPU
+  compiler takes 300-600 ms for the weight gradient of an input-dilated convolution where matrix products take 4-28;
+  its TPU compiler moves half to a third of the bytes with the input-dilated form.
+  """
+  return jax.lax.platform_dependent(
+      x_BTC, kernel_KIO, cpu=lambda x, k: _upsample_by_products(x, k, rate),
+      default=lambda x, k: _upsample_by_dilation(x, k, rate))
+
+
+def _upsample_by_products(x_BTC: Array, kernel_KIO: Array, rate: int) -> Array:
+  # Output step t * rate + j is x[t] @ kernel[j] + x[t - 1] @ kernel[rate + j]: one product with both rows side by side.
+  batch, steps, _ = x_BTC.shape
+  pairs = jnp.concatenate([jnp.pad(x_BTC, ((0, 0), (0, 1), (0, 0))), jnp.pad(x_BTC, ((0, 0), (1, 0), (0, 0)))], axis=-1)
+  kernel = jnp.concatenate([kernel_KIO[:rate], kernel_KIO[rate:]], axis=1)  # [rate, 2 C, O]
+  y = jnp.einsum('btc,jco->btjo', pairs, kernel, precision=PRECISION)
+  return y.reshape(batch, (steps + 1) * rate, kernel_KIO.shape[-1])
+
+
+def _upsample_by_dilation(x_BTC: Array, kernel_KIO: Array, rate: int) -> Array:
+  edge = 2 * rate - 1
+  return jax.lax.conv_general_dilated(
+      x_BTC, kernel_KIO[::-1], (1,), [(edge, edge)], lhs_dilation=(rate,),
+      dimension_numbers=('NWC', 'WIO', 'NWC'), precision=PRECISION)
+
+
+class ResidualUnit(nnx.Module):
+  """snake, convolution with 7 dilated taps, snake, pointwise convolution, plus the input."""
+
+  def __init__(self, channels: int, dilation: int, *, rngs: nnx.Rngs, causal: bool = False):
+    self.snake_in = Snake(channels)
+    self.conv_in = Conv1d(channels, channels, 7, dilation=dilation, padding=3 * dilation, causal=causal, rngs=rngs)
+    self.snake_out = Snake(channels)
+    self.conv_out = Conv1d(channels, channels, 1, causal=causal, rngs=rngs)
+
+  def __call__(self, x_BTC: Float[Array, 'B T C']) -> Float[Array, 'B T C']:
+    return x_BTC + self.conv_out(self.snake_out(self.conv_in(self.snake_in(x_BTC))))
+
+
+def fit_length(x_BN: Float[Array, 'B M'], num_samples: int) -> Float[Array, 'B N']:
+  """Cuts the end, or pads it with zeros: odd rates make a decoder come out a few samples short."""
+  missing = num_samples - x_BN.shape[1]
+  return jnp.pad(x_BN, ((0, 0), (0, missing))) if missing > 0 else x_BN[:, :num_samples]
