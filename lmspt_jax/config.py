@@ -44,7 +44,7 @@ class QuantizerConfig:
   ema_decay: float = 0.99  # of the codebook ('ema')
   # Against collapse, for 'vq' and 'ema' (Jukebox section 3.2, SoundStream section 3.3):
   kmeans_init: bool = True  # codes start as k-means centroids of the first batch's latents
-  revive_below: float = 0.0  # codes drawn less than this share of a fair share (1/codebook_size) are replaced; 0: never
+  revive_below: float = 0.02  # codes drawn less than this part of a fair share (1/size) are replaced; 0: never
   revive_every: int = 20  # steps between replacements
   revive_until: float = 0.8  # share of training after which nothing is replaced any more
   usage_decay: float = 0.9  # moving average of the counts that decide a replacement
@@ -209,6 +209,7 @@ class QuirksConfig:
   drop_tail: bool = False  # encode drops the samples past the last whole frame; decode keeps no length
   attached_subtraction: bool = False  # gradients of the acoustic path reach z_semantic through the subtraction
   pooled_usage: bool = False  # codebook usage is pooled over quantizers and saturates over training
+  dead_codes: bool = False  # codebooks start at random and nothing revives a code that is never drawn
 
   @classmethod
   def named(cls, name: str) -> QuirksConfig:

@@ -13,7 +13,7 @@ from jaxtyping import Array, Float, Int
 from lmspt_jax.config import ModelConfig
 from lmspt_jax.models.codec import Decoder, Encoder
 from lmspt_jax.models.layers import fit_length
-from lmspt_jax.models.quantizers import QuantizerOutput, ResidualQuantizer
+from lmspt_jax.models.quantizers import CodebookState, QuantizerOutput, ResidualQuantizer
 
 
 @struct.dataclass
@@ -110,3 +110,19 @@ class SpeechTokenizer(nnx.Module):
     config = self.config
     samples = z_BTC.shape[1] * config.hop * config.resynthesis_sample_rate // config.sample_rate
     return fit_length(self.resynthesis_decoder(z_BTC), samples)
+
+
+def split_tokenizer(module: SpeechTokenizer) -> tuple[nnx.GraphDef, dict, dict]:
+  """(structure, parameters, codebook states), the latter two as nested dictionaries of arrays."""
+  graphdef, params, codebooks = nnx.split(module, nnx.Param, CodebookState)
+  return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(codebooks)
+
+
+def abstract_tokenizer(config: ModelConfig) -> tuple[nnx.GraphDef, dict, dict]:
+  """`split_tokenizer` with shapes in place of arrays; nothing is computed."""
+  return split_tokenizer(nnx.eval_shape(lambda: SpeechTokenizer(config, rngs=nnx.Rngs(0))))
+
+
+def merge_tokenizer(config: ModelConfig, params: dict, codebooks: dict) -> SpeechTokenizer:
+  """The module around given arrays."""
+  return nnx.merge(abstract_tokenizer(config)[0], params, codebooks)

@@ -1,0 +1,74 @@
+"""Metrics as (sum, weight) pairs, merged before they are divided, and where they are written."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from tensorboardX import SummaryWriter
+
+Metrics = dict[str, tuple[Array, Array]]
+
+
+def mean(value: Array, weight: float | Array = 1.0) -> tuple[Array, Array]:
+  """A pair that stands for `value`, measured over `weight` (items, seconds, frames)."""
+  weight = jnp.asarray(weight, jnp.float32)
+  return value * weight, weight
+
+
+def merge(a: Mapping[str, tuple], b: Mapping[str, tuple]) -> dict[str, tuple]:
+  """Sums of both; a name in one alone is kept."""
+  return {k: tuple(x + y for x, y in zip(a.get(k, (0, 0)), b.get(k, (0, 0)), strict=True)) for k in {**a, **b}}
+
+
+def result(metrics: Mapping[str, tuple]) -> dict[str, float]:
+  """Weighted means; NaN where nothing was measured."""
+  return {k: float(s) / float(w) if float(w) else math.nan for k, (s, w) in metrics.items()}
+
+
+def perplexity(counts: np.ndarray) -> float:
+  """exp of the entropy of a histogram of codes: how many equally likely codes it is worth."""
+  p = np.asarray(counts, np.float64) / max(np.sum(counts), 1)
+  return float(np.exp(-np.sum(p[p > 0] * np.log(p[p > 0]))))
+
+
+class MetricWriter:
+  """`metrics.jsonl` and TensorBoard scalars in a run's folder.
+
+  A run that resumes at a step drops the rows after it, so the file reads as if nothing had happened.
+  """
+
+  def __init__(self, workdir: Path, start_step: int):
+    self._path = workdir / 'metrics.jsonl'
+    if self._path.exists():
+      kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start_step]
+      temporary = self._path.with_suffix('.tmp')
+      temporary.write_text(''.join(line + '\n' for line in kept))
+      temporary.replace(self._path)
+    self._file = self._path.open('a')
+    self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start_step + 1)
+
+  def write(self, step: int, values: Mapping[str, float]) -> None:
+    """One row; NaN and infinity are written as null, which every JSON reader takes."""
+    row = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
+    self._file.write(json.dumps({'step': step, **row}) + '\n')
+    self._file.flush()
+    for name, value in values.items():
+      self._board.add_scalar(name, value, step)
+
+  def close(self) -> None:
+    self._file.close()
+    self._board.close()
+
+
+def _step_of(line: str) -> float:
+  # A kill can cut the last line short: it is dropped like the rows past the resumed step.
+  try:
+    return json.loads(line)['step']
+  except (json.JSONDecodeError, KeyError, TypeError):
+    return math.inf
