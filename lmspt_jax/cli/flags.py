@@ -1,0 +1,163 @@
+"""`--config=FILE[:ARG] --config.FIELD=VALUE`: a file in `configs/` and changes to it, as an ExperimentConfig.
+
+The spelling is that of ml_collections' config_flags. Values are read by the type that the field has in the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import dataclasses
+import importlib.util
+import inspect
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import ml_collections
+
+from lmspt_jax import config as config_lib
+from lmspt_jax.config import ExperimentConfig
+from lmspt_jax.errors import LmsptError, nearest
+
+PREFIX = '--config.'
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+  """Adds `--config` to a verb; `load` turns it and the overrides into a config."""
+  parser.add_argument('--config', required=True, metavar='FILE[:ARG]',
+                      help='a file with get_config(), such as configs/demo.py; ARG is passed to it')
+  parser.set_defaults(overrides=[])
+  parser.epilog = ('Any field of the config can be changed: --config.train.num_steps=300 '
+                   '--config.model.encoder_strides=4,5,6,8 --config.quirks=release')
+
+
+def split_overrides(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
+  """Takes `--config.FIELD=VALUE` (or `--config.FIELD VALUE`) out of a command line."""
+  overrides, rest = [], []
+  arguments = iter(argv)
+  for argument in arguments:
+    if not argument.startswith(PREFIX):
+      rest.append(argument)
+      continue
+    name, equals, value = argument.removeprefix(PREFIX).partition('=')
+    if not equals:
+      value = next(arguments, None)
+      if value is None:
+        raise LmsptError(f'{argument} has no value: write {argument}=VALUE')
+    overrides.append((name, value))
+  return overrides, rest
+
+
+def load(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> ExperimentConfig:
+  """Runs the file's get_config, applies the overrides in order and checks the result.
+
+  Raises:
+    LmsptError: names the file or the field, the value and the way out.
+  """
+  values = _get_config(reference).to_dict()
+  for name, text in overrides:
+    _override(values, name, text)
+  return config_lib.from_dict(ExperimentConfig, values).check()
+
+
+def _get_config(reference: str) -> ml_collections.ConfigDict:
+  path, _, argument = reference.rpartition(':')
+  if not path or Path(reference).is_file():
+    path, argument = reference, ''
+  if not Path(path).is_file():
+    here = Path(path).parent
+    known = sorted(str(p) for p in here.glob('*.py')) if here.is_dir() else []
+    raise LmsptError(f'--config={reference}: no file {path}' + (f': {nearest(path, known)}' if known else ''))
+  spec = importlib.util.spec_from_file_location(f'lmspt_config_{Path(path).stem}', path)
+  if spec is None:
+    raise LmsptError(f'--config={reference}: {path} is not a Python file: give one with get_config()')
+  module = importlib.util.module_from_spec(spec)
+  try:
+    spec.loader.exec_module(module)
+  except SyntaxError as error:
+    raise LmsptError(f'--config={reference}: {error.filename}:{error.lineno} is not Python: {error.msg}') from error
+  except (UnicodeDecodeError, ValueError) as error:  # binary: not text, or with a null byte
+    if isinstance(error, UnicodeDecodeError) or 'null byte' in str(error):
+      raise LmsptError(f'--config={reference}: {path} is not a Python file: give one with get_config()') from error
+    raise
+  get_config = getattr(module, 'get_config', None)
+  if not callable(get_config):
+    raise LmsptError(f'--config={reference}: {path} has no function get_config(): see configs/ for examples')
+  arguments = (argument,) if argument else ()
+  try:
+    inspect.signature(get_config).bind(*arguments)
+  except TypeError as error:
+    way_out = f'it takes no argument, leave out :{argument}' if argument else 'it needs one, write FILE:ARG'
+    raise LmsptError(f'--config={reference}: get_config in {path}: {way_out}') from error
+  result = get_config(*arguments)
+  if not isinstance(result, ml_collections.ConfigDict):
+    raise LmsptError(f'--config={reference}: get_config in {path} returned {type(result).__name__}: '
+                     'return lmspt_jax.config.to_config_dict(ExperimentConfig(...))')
+  return result
+
+
+def _override(values: dict[str, Any], name: str, text: str) -> None:
+  """Sets the field with the dotted `name` to what `text` says, in the type it has now."""
+  node, parts = values, name.split('.')
+  for part in parts[:-1]:
+    node = node.get(part) if isinstance(node, dict) else None
+  if not isinstance(node, dict) or parts[-1] not in node:
+    raise LmsptError(f'unknown config field {name}: {nearest(name, _alternatives(values, name))}')
+  old = node[parts[-1]]
+  if name == 'quirks':
+    node['quirks'] = dataclasses.asdict(config_lib.QuirksConfig.named(text))
+  elif isinstance(old, dict):
+    raise LmsptError(f'config field {name} = {text!r}: set its fields, e.g. --config.{name}.{next(iter(old))}=...')
+  else:
+    node[parts[-1]] = _parse(old, text, name)
+
+
+def _alternatives(values: dict[str, Any], name: str) -> list[str]:
+  """Every dotted name; if none is near, only those of the section that was meant, or the sections."""
+  names = list(_names(values))
+  if nearest(name, names).startswith('did'):
+    return names
+  return [n for n in names if n.startswith(name.partition('.')[0] + '.')] or list(values)
+
+
+def _names(values: dict[str, Any], prefix: str = '') -> Iterator[str]:
+  for key, value in values.items():
+    if isinstance(value, dict):
+      yield from _names(value, f'{prefix}{key}.')
+    else:
+      yield f'{prefix}{key}'
+
+
+def _parse(old: Any, text: str, name: str) -> Any:
+  """`text` as a value of `old`'s type."""
+  if isinstance(old, str):
+    return text
+  if isinstance(old, bool):
+    words = {'true': True, '1': True, 'yes': True, 'false': False, '0': False, 'no': False}
+    if text.lower() not in words:
+      raise _wrong(name, text, 'true or false')
+    return words[text.lower()]
+  if isinstance(old, tuple | list):
+    return _parse_tuple(old, text, name)
+  wanted = 'a whole number' if isinstance(old, int) else 'a number'
+  try:
+    return type(old)(text)
+  except ValueError as error:
+    raise _wrong(name, text, wanted) from error
+
+
+def _parse_tuple(old: Sequence[Any], text: str, name: str) -> tuple[Any, ...]:
+  example = ','.join(map(str, old)) or '1,2'
+  try:
+    value = ast.literal_eval(text)
+  except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
+    raise _wrong(name, text, f'numbers separated by commas, as in {example}') from error
+  value = tuple(value) if isinstance(value, tuple | list) else (value,)
+  if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
+    raise _wrong(name, text, f'numbers separated by commas, as in {example}')
+  return value
+
+
+def _wrong(name: str, text: str, wanted: str) -> LmsptError:
+  return LmsptError(f'config field {name} = {text!r}: must be {wanted}')

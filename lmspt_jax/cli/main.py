@@ -1,0 +1,78 @@
+"""`lmspt VERB`: finds the verb's module, reads its arguments, turns faults into one line and an exit status.
+
+A verb is a module `lmspt_jax/cli/VERB.py` with `add_arguments(parser)` and `run(args) -> int`. It is imported only
+when it is called, so `lmspt prepare` loads no jax and `lmspt --help` loads nothing.
+
+Exit status: 0 success; 1 a fault the user can mend (one line on stderr); 2 a command line that cannot be read;
+75 a training run that was told to stop, saved and can be resumed; 130 interrupted from the keyboard.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from lmspt_jax.cli import flags
+from lmspt_jax.errors import LmsptError, nearest
+from lmspt_jax.version import __version__
+
+VERBS = {
+    'train': 'train a tokenizer, or resume a run',
+    'prepare': 'audio and transcripts to shards',
+    'encode': 'audio files to codes',
+    'decode': 'codes to audio files',
+    'info': 'versions and devices; what a model is',
+}
+
+
+class UsageError(LmsptError):
+  """A command line that cannot be read."""
+
+
+class Parser(argparse.ArgumentParser):
+  """An ArgumentParser whose faults are one line."""
+
+  def error(self, message: str) -> NoReturn:
+    raise UsageError(f'{message} (see {self.prog} --help)')
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+  """Runs one verb; returns the exit status."""
+  try:
+    return _run(list(sys.argv[1:] if argv is None else argv))
+  except LmsptError as error:
+    print(f'lmspt: error: {" ".join(str(error).split())}', file=sys.stderr)
+    return 2 if isinstance(error, UsageError) else 1
+  except KeyboardInterrupt:
+    print('lmspt: interrupted', file=sys.stderr)
+    return 130
+
+
+def _run(argv: list[str]) -> int:
+  if not argv or argv[0] in ('-h', '--help'):
+    width = max(map(len, VERBS))
+    print('usage: lmspt VERB ...\n')
+    print('\n'.join(f'  {verb:<{width}}  {text}' for verb, text in VERBS.items()))
+    print('\nlmspt VERB --help shows its arguments; lmspt --version the version.')
+    return 0
+  if argv[0] == '--version':
+    print(f'lmspt {__version__}')
+    return 0
+  verb, *rest = argv
+  if verb not in VERBS:
+    raise UsageError(f'unknown verb {verb!r}: {nearest(verb, VERBS)} (see lmspt --help)')
+  module = importlib.import_module(f'lmspt_jax.cli.{verb}')
+  parser = Parser(prog=f'lmspt {verb}', description=module.__doc__, allow_abbrev=False,
+                  formatter_class=argparse.RawDescriptionHelpFormatter)
+  parser.set_defaults(overrides=None)
+  module.add_arguments(parser)
+  overrides, rest = flags.split_overrides(rest)
+  args = parser.parse_args(rest)
+  if args.overrides is not None:  # the verb called flags.add_arguments
+    args.overrides = overrides
+  elif overrides:
+    raise UsageError(f'lmspt {verb} takes no --config.{overrides[0][0]} (see lmspt {verb} --help)')
+  return module.run(args)
