@@ -70,19 +70,23 @@ class _CropExample:
     return crop
 
 
+def _close(holder: list[Any]) -> None:
+  holder.pop().close()
+
+
 class Batches(Iterator[dict[str, np.ndarray]]):
   """Endless iterator over batches. Close it (or use `with`) to shut its worker processes down."""
 
   def __init__(self, iterator: Any):
-    self._iterator = iterator
-    self._closer = weakref.finalize(self, iterator.close)  # also at exit, before Grain's modules are torn down
+    self._holder = [iterator]
+    self._closer = weakref.finalize(self, _close, self._holder)  # also at exit, before Grain's modules are torn down
 
   def __next__(self) -> dict[str, np.ndarray]:
     if not self._closer.alive:
       raise ValueError('the iterator was closed')
     try:
       # Plain arrays: Grain's are views of shared memory, which would fill up while a caller keeps batches.
-      return {key: np.array(value) for key, value in next(self._iterator).items()}
+      return {key: np.array(value) for key, value in next(self._holder[0]).items()}
     except RuntimeError as error:
       if 'Worker process was terminated' not in str(error):
         raise

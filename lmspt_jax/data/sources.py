@@ -77,6 +77,7 @@ class Source:
   """A sequence of utterances. Copies travel to worker processes, so open files stay behind."""
 
   uri: str
+  root: Path  # the folder
 
   def __len__(self) -> int:
     raise NotImplementedError
