@@ -1,0 +1,274 @@
+"""Whisper in Flax NNX (arXiv 2212.04356): the frozen teacher's encoder, and the decoder that scores transcripts.
+
+Axis letters: B batch, T mel frames or encoder positions, F mel bands, L text tokens, S cached tokens, D width,
+H heads, V vocabulary. Everything is float32. Modules are used functionally: `bind` puts parameters (a jit argument)
+into a module inside the traced function, and nothing is random or mutable after construction.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+from jax import Array
+
+
+@dataclass(frozen=True)
+class WhisperDims:
+  """Sizes of a Whisper model; width must be a multiple of heads."""
+
+  n_mels: int
+  width: int
+  heads: int
+  audio_layers: int
+  text_layers: int
+  vocab_size: int
+  audio_context: int = 1500  # encoder positions: 30 s at 50 Hz
+  text_context: int = 448  # tokens
+
+  @property
+  def multilingual(self) -> bool:
+    """English-only models have one token less."""
+    return self.vocab_size >= 51865
+
+
+def _dims(width: int, layers: int, n_mels: int = 80, vocab: int = 51865, text_layers: int | None = None) -> WhisperDims:
+  return WhisperDims(n_mels, width, width // 64, layers, layers if text_layers is None else text_layers, vocab)
+
+
+WHISPER_SIZES = {
+  'tiny.en': _dims(384, 4, vocab=51864),
+  'tiny': _dims(384, 4),
+  'base.en': _dims(512, 6, vocab=51864),
+  'base': _dims(512, 6),
+  'small.en': _dims(768, 12, vocab=51864),
+  'small': _dims(768, 12),
+  'medium.en': _dims(1024, 24, vocab=51864),
+  'medium': _dims(1024, 24),
+  'large-v1': _dims(1280, 32),
+  'large-v2': _dims(1280, 32),
+  'large-v3': _dims(1280, 32, n_mels=128, vocab=51866),
+  'large-v3-turbo': _dims(1280, 32, n_mels=128, vocab=51866, text_layers=4),
+}
+
+
+@functools.lru_cache(maxsize=8)
+def sinusoids(length: int, width: int) -> np.ndarray:
+  """Encoder positions, read-only float32 [length, width]: sines then cosines, time scales from 1 to 10,000."""
+  scales = np.exp(-np.log(10_000.0) * np.arange(width // 2) / (width // 2 - 1))
+  angles = np.arange(length)[:, None] * scales
+  table = np.concatenate([np.sin(angles), np.cos(angles)], axis=1).astype(np.float32)
+  table.flags.writeable = False  # the cache hands the same array to everyone
+  return table
+
+
+def _norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+  # The fast variance, E[x^2] - E[x]^2, loses digits on Whisper's few very large channels.
+  return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+
+
+class Attention(nnx.Module):
+  """Multi-head attention, split so that keys and values can be cached. The key projection has no bias."""
+
+  def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+    self.heads = heads
+    self.query = nnx.Linear(width, width, rngs=rngs)
+    self.key = nnx.Linear(width, width, use_bias=False, rngs=rngs)
+    self.value = nnx.Linear(width, width, rngs=rngs)
+    self.out = nnx.Linear(width, width, rngs=rngs)
+
+  def keys_values(self, x_BTD: Array) -> tuple[Array, Array]:
+    """[B, T, D] -> keys and values, each [B, T, H, D / H]."""
+    return self._split(self.key(x_BTD)), self._split(self.value(x_BTD))
+
+  def attend(self, x_BLD: Array, k_BSHd: Array, v_BSHd: Array, mask_LS: Array | None = None) -> Array:
+    """[B, L, D] against keys and values [B, S, H, D / H] -> [B, L, D]; mask is True where attention is allowed."""
+    q_BLHd = self._split(self.query(x_BLD))
+    scores_BHLS = jnp.einsum('blhd,bshd->bhls', q_BLHd, k_BSHd) * q_BLHd.shape[-1] ** -0.5
+    if mask_LS is not None:
+      scores_BHLS = jnp.where(mask_LS, scores_BHLS, -jnp.inf)
+    mixed_BLHd = jnp.einsum('bhls,bshd->blhd', jax.nn.softmax(scores_BHLS, axis=-1), v_BSHd)
+    return self.out(mixed_BLHd.reshape(x_BLD.shape))
+
+  def _split(self, x_BTD: Array) -> Array:
+    return x_BTD.reshape(*x_BTD.shape[:-1], self.heads, -1)
+
+
+class FeedForward(nnx.Module):
+  """Two layers with an exact GELU between, four times as wide."""
+
+  def __init__(self, width: int, *, rngs: nnx.Rngs):
+    self.up = nnx.Linear(width, 4 * width, rngs=rngs)
+    self.down = nnx.Linear(4 * width, width, rngs=rngs)
+
+  def __call__(self, x_BTD: Array) -> Array:
+    return self.down(jax.nn.gelu(self.up(x_BTD), approximate=False))
+
+
+class EncoderBlock(nnx.Module):
+  """Pre-norm transformer block, [B, T, D] -> [B, T, D]."""
+
+  def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+    self.attention_norm = _norm(width, rngs)
+    self.attention = Attention(width, heads, rngs=rngs)
+    self.mlp_norm = _norm(width, rngs)
+    self.mlp = FeedForward(width, rngs=rngs)
+
+  def __call__(self, x_BTD: Array) -> Array:
+    y_BTD = self.attention_norm(x_BTD)
+    x_BTD = x_BTD + self.attention.attend(y_BTD, *self.attention.keys_values(y_BTD))
+    return x_BTD + self.mlp(self.mlp_norm(x_BTD))
+
+
+class WhisperEncoder(nnx.Module):
+  """Log-mel to features at half its frame rate (50 Hz)."""
+
+  def __init__(self, dims: WhisperDims, *, rngs: nnx.Rngs):
+    self.audio_context = dims.audio_context
+    self.conv1 = nnx.Conv(dims.n_mels, dims.width, kernel_size=(3,), padding=1, rngs=rngs)
+    self.conv2 = nnx.Conv(dims.width, dims.width, kernel_size=(3,), strides=2, padding=1, rngs=rngs)
+    self.blocks = nnx.List([EncoderBlock(dims.width, dims.heads, rngs=rngs) for _ in range(dims.audio_layers)])
+    self.norm = _norm(dims.width, rngs)
+
+  def __call__(self, mel_BTF: Array) -> Array:
+    """float32 log-mel [B, T, n_mels] at 100 Hz -> [B, ceil(T / 2), width].
+
+    A crop shorter than 30 s takes the first ceil(T / 2) positions and attends to itself only. Raises ValueError for
+    more than 2 * audio_context frames.
+    """
+    positions = -(-mel_BTF.shape[1] // 2)
+    if positions > self.audio_context:
+      raise ValueError(f'{mel_BTF.shape[1]} mel frames are more than the {2 * self.audio_context} the encoder takes')
+    x_BTD = jax.nn.gelu(self.conv1(mel_BTF), approximate=False)
+    x_BTD = jax.nn.gelu(self.conv2(x_BTD), approximate=False)
+    x_BTD = x_BTD + sinusoids(self.audio_context, x_BTD.shape[-1])[:positions]
+    for block in self.blocks:
+      x_BTD = block(x_BTD)
+    return self.norm(x_BTD)
+
+
+class KeyValueCache(NamedTuple):
+  """What a decoder remembers between calls; one entry per layer. A pytree, so it can be a loop's carry."""
+
+  self_keys: tuple[Array, ...]  # [B, S, H, D / H], positions not yet written are zero
+  self_values: tuple[Array, ...]
+  cross_keys: tuple[Array, ...]  # [B, T, H, D / H], of the encoded audio
+  cross_values: tuple[Array, ...]
+
+
+class DecoderBlock(nnx.Module):
+  """Pre-norm block with causal self-attention and attention to the encoded audio."""
+
+  def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+    self.attention_norm = _norm(width, rngs)
+    self.attention = Attention(width, heads, rngs=rngs)
+    self.cross_attention_norm = _norm(width, rngs)
+    self.cross_attention = Attention(width, heads, rngs=rngs)
+    self.mlp_norm = _norm(width, rngs)
+    self.mlp = FeedForward(width, rngs=rngs)
+
+  def __call__(
+    self, x_BLD: Array, position: Array | int, self_kv: tuple[Array, Array], cross_kv: tuple[Array, Array]
+  ) -> tuple[Array, tuple[Array, Array]]:
+    """Tokens at position.. position + L - 1; returns their output and the self-attention cache with them in it."""
+    y_BLD = self.attention_norm(x_BLD)
+    k_BSHd, v_BSHd = (
+      jax.lax.dynamic_update_slice_in_dim(cached, new, position, axis=1)
+      for cached, new in zip(self_kv, self.attention.keys_values(y_BLD), strict=True)
+    )
+    rows_L = position + jnp.arange(x_BLD.shape[1])
+    mask_LS = jnp.arange(k_BSHd.shape[1]) <= rows_L[:, None]
+    x_BLD = x_BLD + self.attention.attend(y_BLD, k_BSHd, v_BSHd, mask_LS)
+    x_BLD = x_BLD + self.cross_attention.attend(self.cross_attention_norm(x_BLD), *cross_kv)
+    return x_BLD + self.mlp(self.mlp_norm(x_BLD)), (k_BSHd, v_BSHd)
+
+
+class WhisperDecoder(nnx.Module):
+  """Text decoder with an explicit cache; the output projection is the token embedding."""
+
+  def __init__(self, dims: WhisperDims, *, rngs: nnx.Rngs):
+    self.text_context = dims.text_context
+    self.heads = dims.heads
+    self.embedding = nnx.Embed(dims.vocab_size, dims.width, rngs=rngs)
+    self.positions = nnx.Param(0.01 * jax.random.normal(rngs.params(), (dims.text_context, dims.width)))
+    self.blocks = nnx.List([DecoderBlock(dims.width, dims.heads, rngs=rngs) for _ in range(dims.text_layers)])
+    self.norm = _norm(dims.width, rngs)
+
+  def init_cache(self, encoded_BTD: Array, length: int) -> KeyValueCache:
+    """Cache for `length` tokens over the encoder's output. Raises ValueError above text_context."""
+    if length > self.text_context:
+      raise ValueError(f'a cache of {length} tokens is more than the {self.text_context} the decoder takes')
+    batch, _, width = encoded_BTD.shape
+    empty = jnp.zeros((batch, length, self.heads, width // self.heads), encoded_BTD.dtype)
+    cross = [block.cross_attention.keys_values(encoded_BTD) for block in self.blocks]
+    return KeyValueCache(
+      self_keys=(empty,) * len(self.blocks),
+      self_values=(empty,) * len(self.blocks),
+      cross_keys=tuple(k for k, _ in cross),
+      cross_values=tuple(v for _, v in cross),
+    )
+
+  def decode(self, tokens_BL: Array, position: Array | int, cache: KeyValueCache) -> tuple[Array, KeyValueCache]:
+    """int32 tokens at position.. position + L - 1 -> (hidden states [B, L, D], cache). `logits` maps them to words.
+
+    The caller keeps position + L within the cache's length: under jit a write past it would be clamped.
+    """
+    positions_LD = jax.lax.dynamic_slice_in_dim(self.positions[...], position, tokens_BL.shape[1])
+    x_BLD = self.embedding(tokens_BL) + positions_LD
+    keys, values = [], []
+    for i, block in enumerate(self.blocks):
+      self_kv, cross_kv = (cache.self_keys[i], cache.self_values[i]), (cache.cross_keys[i], cache.cross_values[i])
+      x_BLD, (k_BSHd, v_BSHd) = block(x_BLD, position, self_kv, cross_kv)
+      keys.append(k_BSHd)
+      values.append(v_BSHd)
+    return self.norm(x_BLD), cache._replace(self_keys=tuple(keys), self_values=tuple(values))
+
+  def logits(self, x_BLD: Array) -> Array:
+    """Hidden states [..., D] -> [..., V]."""
+    return self.embedding.attend(x_BLD)
+
+  def __call__(self, tokens_BL: Array, encoded_BTD: Array) -> Array:
+    """All logits of a text at once, [B, L, V]: teacher forcing."""
+    x_BLD, _ = self.decode(tokens_BL, 0, self.init_cache(encoded_BTD, tokens_BL.shape[1]))
+    return self.logits(x_BLD)
+
+
+class Whisper(nnx.Module):
+  """Encoder and decoder; its parameters are {'encoder': ..., 'decoder': ...}."""
+
+  def __init__(self, dims: WhisperDims, *, rngs: nnx.Rngs):
+    self.encoder = WhisperEncoder(dims, rngs=rngs)
+    self.decoder = WhisperDecoder(dims, rngs=rngs)
+
+  def __call__(self, mel_BTF: Array, tokens_BL: Array) -> Array:
+    """Logits [B, L, V] of a text given its audio."""
+    return self.decoder(tokens_BL, self.encoder(mel_BTF))
+
+
+@functools.lru_cache(maxsize=32)
+def _abstract(module: type[nnx.Module], dims: WhisperDims) -> tuple[nnx.GraphDef, nnx.State]:
+  return nnx.split(nnx.eval_shape(lambda: module(dims, rngs=nnx.Rngs(0))))
+
+
+def abstract_params(module: type[nnx.Module], dims: WhisperDims) -> dict[str, Any]:
+  """Nested dictionary of jax.ShapeDtypeStruct: what `bind` expects, without allocating it."""
+  return nnx.to_pure_dict(_abstract(module, dims)[1])
+
+
+def bind(module: type[nnx.Module], dims: WhisperDims, params: dict[str, Any]) -> Any:
+  """The module with these parameters: call it inside the jitted function whose argument they are.
+
+  `module` is WhisperEncoder, WhisperDecoder or Whisper; `params` is nested as `abstract_params` says (a checkpoint's
+  params['encoder'], params['decoder'], or all of params).
+  """
+  graphdef, state = _abstract(module, dims)
+  if jax.tree.structure(params) != jax.tree.structure(nnx.to_pure_dict(state)):
+    raise ValueError(f'parameters do not have the structure of a {module.__name__} with {dims}')
+  state = jax.tree.map(lambda leaf: leaf, state)  # the cached one is shared by all callers
+  nnx.replace_by_pure_dict(state, params)
+  return nnx.merge(graphdef, state)
