@@ -69,10 +69,11 @@ class VectorQuantizer(nnx.Module):
     table_SD = jax.random.normal(rngs.params(), (config.size, config.dim), jnp.float32)  # as torch.nn.Embedding
     self.learnt_by_gradient = config.kind == 'vq'
     self.codebook = nnx.Param(table_SD) if self.learnt_by_gradient else CodebookState(table_SD)
-    # Moving averages: of how often a code is drawn per step and, for 'ema', of the vectors that drew it.
+    # How often each code is drawn, 1 being a fair share; it decides which codes are dead.
     self.counts = CodebookState(jnp.ones((config.size,), jnp.float32))
-    if not self.learnt_by_gradient:
+    if not self.learnt_by_gradient:  # a code is sums / mass, both moving averages over steps
       self.sums = CodebookState(table_SD)
+      self.mass = CodebookState(jnp.ones((config.size,), jnp.float32))
 
   def lookup(self, codes_BT: Int[Array, 'B T']) -> Float[Array, 'B T C']:
     """Codes to latents."""

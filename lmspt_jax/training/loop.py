@@ -1,0 +1,265 @@
+"""The training loop, in sections; no maths in it.
+
+The order inside is fixed: evaluate, save (state i, data position i), next batch, step. A batch is a pure function of
+(seed, global index), so the step number is the whole data position.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import logging
+import math
+import signal
+import time
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+from tqdm import tqdm
+
+from lmspt_jax import metrics as metrics_lib
+from lmspt_jax import rng
+from lmspt_jax.checkpoint import CheckpointStore
+from lmspt_jax.config import ExperimentConfig, to_dict
+from lmspt_jax.convert.whisper import load_whisper
+from lmspt_jax.data.pipeline import FaultCounter, held_out_utterances, training_batches
+from lmspt_jax.data.sources import open_source
+from lmspt_jax.errors import LmsptError
+from lmspt_jax.sharding import make_mesh, parameter_table, shard_batch, state_shardings
+from lmspt_jax.training import codebooks as codebook_rules
+from lmspt_jax.training.held_out import evaluate, make_eval_step
+from lmspt_jax.training.state import Experiment, TrainState
+from lmspt_jax.training.step import make_train_step
+from lmspt_jax.training.workdir import open_workdir
+
+_log = logging.getLogger(__name__)
+_MODEL_INPUTS = ('audio', 'num_samples')
+
+
+class Interrupted(Exception):
+  """Training was asked to stop (SIGTERM) and has saved; running the same command again goes on."""
+
+
+def train(config: ExperimentConfig, workdir: str | Path) -> None:
+  """Trains to `train.num_steps`, or on from the newest checkpoint in `workdir`.
+
+  Raises:
+    LmsptError: anything a user can mend.
+    Interrupted: SIGTERM came; the state is saved.
+  """
+  workdir = Path(workdir)
+  open_workdir(config, workdir)
+  with ExitStack() as cleanup:
+    stop = cleanup.enter_context(_StopSignal())
+
+    # ---------------------------------------------------------------- mesh, teacher, data
+    mesh = make_mesh(config.mesh, config.data.batch_size)
+    cleanup.enter_context(jax.set_mesh(mesh))
+    dims, teacher_params, teacher_id = _load_teacher(config, mesh)
+    if not config.data.train:
+      raise LmsptError("config field data.train = '': give KIND:PATH, e.g. folder:recordings")
+    faults = FaultCounter(config.data.max_fault_rate, open_source(config.data.train, config.data.train_split))
+    held_out = _load_held_out(config)
+
+    # ---------------------------------------------------------------- state: fresh or restored
+    experiment = Experiment(config, dims)
+    abstract = experiment.abstract_state()
+    shardings = state_shardings(abstract, mesh)
+    (workdir / 'parameters.txt').write_text(parameter_table(abstract, mesh))
+    store = CheckpointStore(workdir, keep=config.train.keep_checkpoints)
+    cleanup.callback(store.close)
+    start = store.latest_step
+    if start is None:
+      state = _fresh_state(experiment, shardings, mesh)
+      start = 0
+    else:
+      state = _restored_state(store, start, abstract, shardings, teacher_id)
+      print(f'resuming at step {start}', flush=True)
+    record = {'config': to_dict(config), 'teacher_id': teacher_id}
+
+    # ---------------------------------------------------------------- the loop
+    train_step = jax.jit(make_train_step(experiment), donate_argnums=0, out_shardings=(shardings, None))
+    eval_step = jax.jit(make_eval_step(experiment))
+    batches = cleanup.enter_context(_batches(config, start_batch=start))
+    writer = metrics_lib.MetricWriter(workdir, start)
+    cleanup.callback(writer.close)
+    cleanup.callback(_write_faults, workdir, faults)
+    last = config.train.num_steps
+    bar = cleanup.enter_context(tqdm(total=last, initial=start, unit='step', dynamic_ncols=True))
+    meter = _Meter(config, writer, bar)
+
+    for step in range(start, last + 1):
+      resumed_here = step == start and start > 0
+      if held_out is not None and not resumed_here and (step % config.train.eval_every == 0 or step == last):
+        meter.flush()
+        folder = workdir / 'held_out' / f'step_{step:08d}'
+        figures = evaluate(experiment, eval_step, state, teacher_params, held_out, mesh, folder)
+        writer.write(step, {f'held_out/{k}': v for k, v in figures.items()})
+        bar.write(f'step {step} held-out: ' + ', '.join(f'{k} {v:.4g}' for k, v in figures.items()))
+        meter.restart_clock()
+      save = step > 0 and (step % config.train.checkpoint_every == 0 or step == last or stop.requested)
+      if save and not resumed_here:
+        meter.flush()
+        position = {'seed': config.train.seed, 'next_batch': step}
+        _save(store, step, state, {**record, 'data': position}, wait=stop.requested or step == last)
+      if stop.requested and step < last:
+        raise Interrupted(f'stopped at step {step}, saved in {workdir}; run the same command again to go on')
+      if step == last:
+        break
+      batch = next(batches)
+      faults.update(batch)
+      inputs = shard_batch({k: batch[k] for k in _MODEL_INPUTS}, mesh)
+      state, found = train_step(state, teacher_params, inputs)
+      meter.add(step + 1, found)
+
+
+# -------------------------------------------------------------------- parts
+
+
+def _load_teacher(config: ExperimentConfig, mesh: Mesh):
+  if config.teacher.strategy == 'none':
+    return None, {}, ''
+  checkpoint = load_whisper(config.teacher.checkpoint, parts=('encoder',))
+  params = checkpoint.params['encoder']
+  return checkpoint.dims, jax.device_put(params, state_shardings(params, mesh)), checkpoint.sha256
+
+
+def _load_held_out(config: ExperimentConfig) -> dict[str, Any] | None:
+  if not config.data.held_out:
+    return None
+  model = config.model
+  samples = model.num_frames(round(config.train.eval_seconds * model.sample_rate)) * model.hop
+  return held_out_utterances(config.data, model.sample_rate, samples, config.train.eval_utterances)
+
+
+def _batches(config: ExperimentConfig, start_batch: int):
+  return training_batches(
+      config.data, sample_rate=config.model.sample_rate, crop_samples=config.crop_samples, seed=config.train.seed,
+      start_batch=start_batch, process_index=jax.process_index(), process_count=jax.process_count())
+
+
+def _fresh_state(experiment: Experiment, shardings: TrainState, mesh: Mesh) -> TrainState:
+  """Initialises on the devices, then moves the codebooks to where the first batches' latents are."""
+  config = experiment.config
+  state = jax.jit(experiment.init, out_shardings=shardings)()
+  quantizers = (config.model.semantic, config.model.acoustic)
+  if config.quirks.dead_codes or not any(q.kmeans_init and q.kind != 'fsq' for q in quantizers):
+    return state
+  frames = config.data.batch_size * (config.crop_samples // config.model.hop)
+  needed = min(8, math.ceil(4 * max(q.size for q in quantizers) / frames))
+  here = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))  # too few to start workers
+  with _batches(here, start_batch=0) as batches:
+    audio = [shard_batch({k: b[k] for k in _MODEL_INPUTS}, mesh) for b in itertools.islice(batches, needed)]
+
+  @jax.jit
+  def latents_of(params, codebooks, batch):
+    out = experiment.tokenizer(params, codebooks)(batch['audio'])
+    length = out.semantic.codes.shape[1]
+    # Padding is no place for a code: frames past an item's end are its real frames again.
+    real_B = jnp.maximum(-(-batch['num_samples'] // config.model.hop), 1)
+    wrapped_BT = jnp.arange(length) % real_B[:, None]
+    pick = lambda x: jnp.take_along_axis(x, wrapped_BT[:, :, None, None], axis=1).reshape(-1, *x.shape[2:])
+    return {'semantic': pick(out.semantic.latents), 'acoustic': pick(out.acoustic.latents)}
+
+  def latents(params, codebooks):
+    parts = [latents_of(params, codebooks, batch) for batch in audio]
+    return jax.tree.map(lambda *x: jnp.concatenate(x), *parts)
+
+  tokenizer, codebooks = codebook_rules.initialise(
+      rng.stream(config.train.seed, 'kmeans'), config.model, state.generator['tokenizer'], state.codebooks, latents)
+  state = state.replace(generator={**state.generator, 'tokenizer': tokenizer}, codebooks=codebooks)
+  return jax.device_put(state, shardings)
+
+
+def _restored_state(store: CheckpointStore, step: int, abstract: TrainState, shardings: TrainState,
+                    teacher_id: str) -> TrainState:
+  wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), vars(abstract),
+                        vars(shardings))
+  arrays, record = store.restore(step, wanted)
+  if record['teacher_id'] != teacher_id:
+    raise LmsptError(f'teacher.checkpoint: its hash is {teacher_id[:16]}, the run was trained with '
+                     f'{record["teacher_id"][:16]}; give that one, or use another --workdir')
+  return TrainState(**arrays)
+
+
+def _save(store: CheckpointStore, step: int, state: TrainState, record: dict[str, Any], wait: bool) -> None:
+  try:
+    store.save(step, vars(state), record)
+    if wait:
+      store.wait()
+  except OSError as error:
+    raise LmsptError(f'checkpoint of step {step} could not be written ({error}); earlier ones are whole, free space '
+                     'and run the same command again') from error
+
+
+def _write_faults(workdir: Path, faults: FaultCounter) -> None:
+  report = faults.report()
+  if report:
+    (workdir / 'faults.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in report))
+
+
+class _StopSignal:
+  """Notes SIGTERM, so that the loop can stop between two steps."""
+
+  def __init__(self):
+    self.requested = False
+
+  def __enter__(self) -> _StopSignal:
+    self._previous = signal.signal(signal.SIGTERM, self._note)
+    return self
+
+  def __exit__(self, *_: object) -> None:
+    signal.signal(signal.SIGTERM, self._previous)
+
+  def _note(self, *_: object) -> None:
+    self.requested = True
+
+
+class _Meter:
+  """Metrics of training steps, fetched one step late so that the device never waits for the log."""
+
+  def __init__(self, config: ExperimentConfig, writer: metrics_lib.MetricWriter, bar: tqdm):
+    self._config, self._writer, self._bar = config, writer, bar
+    self._pending: tuple[int, dict] | None = None
+    self._sums: dict[str, tuple] = {}
+    self.restart_clock()
+
+  def restart_clock(self) -> None:
+    """Leaves the time since the last row out of the throughput (evaluation, compilation)."""
+    self._clock, self._seconds = time.perf_counter(), 0.0
+
+  def add(self, step: int, found: dict) -> None:
+    """Takes the metrics of `step`, which may still be computed; fetches those of the step before."""
+    self.flush()
+    self._pending = (step, found)
+
+  def flush(self) -> None:
+    if self._pending is None:
+      return
+    step, found = self._pending
+    self._pending = None
+    found = jax.device_get(found)
+    self._bar.update()
+    self._seconds += float(found['audio_seconds'][0])
+    self._sums = metrics_lib.merge(self._sums, found)
+    if step % self._config.train.log_every and step != self._config.train.num_steps:
+      return
+    values = metrics_lib.result(self._sums)
+    self._sums = {}
+    elapsed = time.perf_counter() - self._clock
+    values['audio_seconds_per_second'] = self._seconds / max(elapsed, 1e-9)
+    self.restart_clock()
+    self._writer.write(step, values)
+    self._bar.set_postfix_str(
+        f'mel {values["loss/mel"]:.2f}, distill {values["loss/distillation"]:.3f}, '
+        f'd {values["loss/discriminator"]:.2f}, {values["audio_seconds_per_second"]:.1f} audio s/s')
+    broken = [k for k, v in values.items() if not np.isfinite(v)]
+    if broken:
+      raise LmsptError(f'{broken[0]} is not finite within {self._config.train.log_every} steps of step {step}; lower '
+                       'generator_optimizer.learning_rate, or look at the data of these steps')
