@@ -8,6 +8,8 @@ import json
 import shutil
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -19,7 +21,6 @@ from lmspt_jax.data.prepare import prepare
 from lmspt_jax.data.sources import ASSETS, auto_split, open_source
 from lmspt_jax.errors import LmsptError
 
-SAMPLE = ASSETS / 'speech_sample'
 RATE, CROP = 16_000, 32_000
 CONFIG = DataConfig(train='package:speech_sample', held_out='package:speech_sample', batch_size=8, num_workers=0)
 
@@ -41,7 +42,7 @@ def digest(batches):
 
 
 def damage(shards, out, share_of_shard):
-  """A copy of the shards with the audio region of the first one overwritten, its size kept."""
+  """A copy of the shards with part of the first one overwritten, its size kept."""
   shutil.copytree(shards, out)
   path = out / load_info(out).shards[0].name
   data = bytearray(path.read_bytes())
@@ -67,10 +68,9 @@ def test_shapes_and_padding():
 
 
 def test_worker_counts_give_the_same_batches():
-  expected = digest(take(8))  # 54 records, so the second epoch is in it
+  expected = digest(take(8))  # 0 workers; 54 records, so the second epoch is in it
   assert len(set(expected)) == 8
-  for workers in (1, 2):
-    assert digest(take(8, dataclasses.replace(CONFIG, num_workers=workers))) == expected
+  assert digest(take(8, dataclasses.replace(CONFIG, num_workers=2))) == expected
 
 
 def test_host_counts_give_the_same_batches():
@@ -95,7 +95,8 @@ def test_resumes_at_any_step_with_other_workers_and_hosts():
 def test_seeds_and_epochs_differ_and_an_epoch_takes_every_record_once(shards):
   assert digest(take(2)) != digest(take(2, seed=2))
   config = dataclasses.replace(CONFIG, batch_size=1, train_split='valid')
-  whole = {utterance.load(RATE).tobytes() for utterance in map(open_source(CONFIG.train, 'valid').__getitem__, range(10))}
+  source = open_source(CONFIG.train, 'valid')
+  whole = {source[index].load(RATE).tobytes() for index in range(10)}
   longest = 200_000
   epochs = take(20, config, crop=longest)
   rows = [batch['audio'][0, :batch['num_samples'][0]].tobytes() for batch in epochs]
@@ -116,13 +117,13 @@ def test_crops_equal_the_crop_of_the_whole_file(rate):
   source = open_source(CONFIG.train, 'train')
   whole = [source[index].load(rate) for index in range(len(source))]
   starts = []
-  for batch in take(2, rate=rate, crop=rate):
+  for batch in take(1, rate=rate, crop=rate):
     for row, length in zip(batch['audio'], batch['num_samples'], strict=True):
       row = row[:length]
       found = [at for audio in whole if (at := best_match(audio, row)) is not None]
       assert found, 'a crop that is no part of any file'
       starts += found
-  assert len({start for start in starts if start}) > 8  # random places, not the beginnings
+  assert len({start for start in starts if start}) > 4  # random places, not the beginnings
 
 
 def best_match(audio, crop):
@@ -239,7 +240,7 @@ def test_data_modules_do_not_load_jax():
 
 
 def test_workers_end_with_the_iterator_and_with_a_killed_parent(tmp_path):
-  psutil_free = f'''
+  program = f'''
 import os, signal, sys
 sys.path.insert(0, {str(ASSETS.parent.parent)!r})
 from lmspt_jax.config import DataConfig
@@ -258,7 +259,7 @@ if __name__ == '__main__':
   os.kill(os.getpid(), signal.SIGKILL)
 '''
   script = tmp_path / 'script.py'
-  script.write_text(psutil_free)
+  script.write_text(program)
   result = subprocess.run([sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
                           timeout=60)
   workers = [int(pid) for pid in result.stdout.split()]
@@ -267,15 +268,13 @@ if __name__ == '__main__':
 
 
 def alive(pid):
-  import pathlib
   try:
-    return ') Z' not in pathlib.Path(f'/proc/{pid}/stat').read_text()
+    return ') Z' not in Path(f'/proc/{pid}/stat').read_text()
   except OSError:
     return False
 
 
 def eventually(condition, seconds=15):
-  import time
   end = time.monotonic() + seconds
   while time.monotonic() < end:
     if condition():

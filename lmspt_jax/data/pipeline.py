@@ -14,7 +14,6 @@ import hashlib
 import logging
 import os
 import threading
-import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -157,13 +156,13 @@ def training_batches(config: DataConfig, *, sample_rate: int, crop_samples: int,
 
 def _start_worker(worker: int, workers: int) -> None:
   """Runs in each worker: leave Ctrl-C to the parent, and never outlive it (Grain's workers would, after a kill)."""
+  import multiprocessing
   import signal
   signal.signal(signal.SIGINT, signal.SIG_IGN)
-  parent = os.getppid()
+  parent = multiprocessing.parent_process()
 
   def watch() -> None:
-    while os.getppid() == parent:
-      time.sleep(1.0)
+    parent.join()
     os._exit(1)
 
   threading.Thread(target=watch, name=f'watch-parent-{worker}-of-{workers}', daemon=True).start()
