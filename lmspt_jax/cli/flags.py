@@ -68,19 +68,18 @@ def _get_config(reference: str) -> ml_collections.ConfigDict:
   if not Path(path).is_file():
     here = Path(path).parent
     known = sorted(str(p) for p in here.glob('*.py')) if here.is_dir() else []
-    raise LmsptError(f'--config={reference}: no file {path}' + (f': {nearest(path, known)}' if known else ''))
+    way_out = nearest(path, known) if known else 'check the path'
+    raise LmsptError(f'--config={reference}: no file {path}: {way_out}')
   spec = importlib.util.spec_from_file_location(f'lmspt_config_{Path(path).stem}', path)
   if spec is None:
     raise LmsptError(f'--config={reference}: {path} is not a Python file: give one with get_config()')
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
-  except SyntaxError as error:
-    raise LmsptError(f'--config={reference}: {error.filename}:{error.lineno} is not Python: {error.msg}') from error
-  except (UnicodeDecodeError, ValueError) as error:  # binary: not text, or with a null byte
-    if isinstance(error, UnicodeDecodeError) or 'null byte' in str(error):
-      raise LmsptError(f'--config={reference}: {path} is not a Python file: give one with get_config()') from error
-    raise
+  except SyntaxError as error:  # also what is no text at all
+    where = f'{error.filename}:{error.lineno}' if error.lineno else path
+    raise LmsptError(f'--config={reference}: {where} is not Python ({error.msg}): give a file with '
+                     'get_config()') from error
   get_config = getattr(module, 'get_config', None)
   if not callable(get_config):
     raise LmsptError(f'--config={reference}: {path} has no function get_config(): see configs/ for examples')

@@ -82,6 +82,9 @@ def read_codes(path: str | os.PathLike) -> Codes:
     value = values[name]
     if value.ndim != rank or value.dtype.kind not in kinds:
       raise LmsptError(f'{path}: {name} is {value.dtype} of shape {value.shape}; {WAY_OUT}')
-  return Codes(ids=values['ids'].astype(np.int32), num_samples=int(values['num_samples']),
+  ids = values['ids']
+  if ids.size and (ids.min() < 0 or ids.max() >= 2**31):
+    raise LmsptError(f'{path}: ids from {ids.min()} to {ids.max()}, which no codebook has; {WAY_OUT}')
+  return Codes(ids=ids.astype(np.int32), num_samples=int(values['num_samples']),
                sample_rate=int(values['sample_rate']), frame_rate=float(values['frame_rate']),
                model_hash=str(values['model_hash']))
