@@ -83,20 +83,20 @@ class Attention(nnx.Module):
     self.out = nnx.Linear(width, width, rngs=rngs)
 
   def keys_values(self, x_BTD: Array) -> tuple[Array, Array]:
-    """[B, T, D] -> keys and values, each [B, T, H, D / H]."""
+    """[B, T, D] -> keys and values, each [B, H, T, D / H]: heads first, so that no product transposes them."""
     return self._split(self.key(x_BTD)), self._split(self.value(x_BTD))
 
-  def attend(self, x_BLD: Array, k_BSHd: Array, v_BSHd: Array, mask_LS: Array | None = None) -> Array:
-    """[B, L, D] against keys and values [B, S, H, D / H] -> [B, L, D]; mask is True where attention is allowed."""
-    q_BLHd = self._split(self.query(x_BLD))
-    scores_BHLS = jnp.einsum('blhd,bshd->bhls', q_BLHd, k_BSHd) * q_BLHd.shape[-1] ** -0.5
+  def attend(self, x_BLD: Array, k_BHSd: Array, v_BHSd: Array, mask_LS: Array | None = None) -> Array:
+    """[B, L, D] against keys and values [B, H, S, D / H] -> [B, L, D]; mask is True where attention is allowed."""
+    q_BHLd = self._split(self.query(x_BLD))
+    scores_BHLS = jnp.matmul(q_BHLd * q_BHLd.shape[-1] ** -0.5, jnp.swapaxes(k_BHSd, 2, 3))
     if mask_LS is not None:
       scores_BHLS = jnp.where(mask_LS, scores_BHLS, -jnp.inf)
-    mixed_BLHd = jnp.einsum('bhls,bshd->blhd', jax.nn.softmax(scores_BHLS, axis=-1), v_BSHd)
-    return self.out(mixed_BLHd.reshape(x_BLD.shape))
+    mixed_BHLd = jnp.matmul(jax.nn.softmax(scores_BHLS, axis=-1), v_BHSd)
+    return self.out(jnp.swapaxes(mixed_BHLd, 1, 2).reshape(x_BLD.shape))
 
   def _split(self, x_BTD: Array) -> Array:
-    return x_BTD.reshape(*x_BTD.shape[:-1], self.heads, -1)
+    return jnp.swapaxes(x_BTD.reshape(*x_BTD.shape[:-1], self.heads, -1), 1, 2)
 
 
 class FeedForward(nnx.Module):
@@ -155,9 +155,9 @@ class WhisperEncoder(nnx.Module):
 class KeyValueCache(NamedTuple):
   """What a decoder remembers between calls; one entry per layer. A pytree, so it can be a loop's carry."""
 
-  self_keys: tuple[Array, ...]  # [B, S, H, D / H], positions not yet written are zero
+  self_keys: tuple[Array, ...]  # [B, H, S, D / H], positions not yet written are zero
   self_values: tuple[Array, ...]
-  cross_keys: tuple[Array, ...]  # [B, T, H, D / H], of the encoded audio
+  cross_keys: tuple[Array, ...]  # [B, H, T, D / H], of the encoded audio
   cross_values: tuple[Array, ...]
 
 
@@ -177,15 +177,15 @@ class DecoderBlock(nnx.Module):
   ) -> tuple[Array, tuple[Array, Array]]:
     """Tokens at position.. position + L - 1; returns their output and the self-attention cache with them in it."""
     y_BLD = self.attention_norm(x_BLD)
-    k_BSHd, v_BSHd = (
-      jax.lax.dynamic_update_slice_in_dim(cached, new, position, axis=1)
+    k_BHSd, v_BHSd = (
+      jax.lax.dynamic_update_slice_in_dim(cached, new, position, axis=2)
       for cached, new in zip(self_kv, self.attention.keys_values(y_BLD), strict=True)
     )
     rows_L = position + jnp.arange(x_BLD.shape[1])
-    mask_LS = jnp.arange(k_BSHd.shape[1]) <= rows_L[:, None]
-    x_BLD = x_BLD + self.attention.attend(y_BLD, k_BSHd, v_BSHd, mask_LS)
+    mask_LS = jnp.arange(k_BHSd.shape[2]) <= rows_L[:, None]
+    x_BLD = x_BLD + self.attention.attend(y_BLD, k_BHSd, v_BHSd, mask_LS)
     x_BLD = x_BLD + self.cross_attention.attend(self.cross_attention_norm(x_BLD), *cross_kv)
-    return x_BLD + self.mlp(self.mlp_norm(x_BLD)), (k_BSHd, v_BSHd)
+    return x_BLD + self.mlp(self.mlp_norm(x_BLD)), (k_BHSd, v_BHSd)
 
 
 class WhisperDecoder(nnx.Module):
@@ -204,7 +204,7 @@ class WhisperDecoder(nnx.Module):
     if length > self.text_context:
       raise ValueError(f'a cache of {length} tokens is more than the {self.text_context} the decoder takes')
     batch, _, width = encoded_BTD.shape
-    empty = jnp.zeros((batch, length, self.heads, width // self.heads), encoded_BTD.dtype)
+    empty = jnp.zeros((batch, self.heads, length, width // self.heads), encoded_BTD.dtype)
     cross = [block.cross_attention.keys_values(encoded_BTD) for block in self.blocks]
     return KeyValueCache(
       self_keys=(empty,) * len(self.blocks),
@@ -223,9 +223,9 @@ class WhisperDecoder(nnx.Module):
     keys, values = [], []
     for i, block in enumerate(self.blocks):
       self_kv, cross_kv = (cache.self_keys[i], cache.self_values[i]), (cache.cross_keys[i], cache.cross_values[i])
-      x_BLD, (k_BSHd, v_BSHd) = block(x_BLD, position, self_kv, cross_kv)
-      keys.append(k_BSHd)
-      values.append(v_BSHd)
+      x_BLD, (k_BHSd, v_BHSd) = block(x_BLD, position, self_kv, cross_kv)
+      keys.append(k_BHSd)
+      values.append(v_BHSd)
     return self.norm(x_BLD), cache._replace(self_keys=tuple(keys), self_values=tuple(values))
 
   def logits(self, x_BLD: Array) -> Array:

@@ -108,6 +108,7 @@ def transcribe(
   """
   window = 2 * dims.audio_context * WHISPER_HOP
   prompt = vocabulary.prompt(dims, language)
+  params = jax.tree.map(jnp.asarray, params)  # to the device once, not with every batch
   max_tokens = min(max_tokens, dims.text_context - len(prompt))
   pieces = [(i, start) for i, audio in enumerate(audios) for start in range(0, len(audio), window)]
   order = sorted(range(len(pieces)), key=lambda p: len(audios[pieces[p][0]]) - pieces[p][1])
@@ -156,7 +157,12 @@ def greedy_decode(
   Rows where `used_B` is False are padding and come out as `end`.
   """
   model = bind(Whisper, dims, params)
-  encoded_BTD = model.encoder(log_mel_spectrogram(audio_BN, dims.n_mels))
+  # On CPU a window at a time keeps attention weights in the cache: a third faster than the batch.
+  encoded_BTD = jax.lax.platform_dependent(
+    log_mel_spectrogram(audio_BN, dims.n_mels),
+    cpu=lambda mel_BTF: jax.lax.map(lambda mel_TF: model.encoder(mel_TF[None])[0], mel_BTF),
+    default=model.encoder,
+  )
   batch = audio_BN.shape[0]
   always = np.zeros(dims.vocab_size, np.float32)
   always[list(suppressed)] = -np.inf
