@@ -196,8 +196,9 @@ def test_bad_config_file(fails, loop, tmp_path, text, word):
 def test_config_argument(lmspt, fails, loop, config_file):
   fails(['train', f'--config={config_file}:small', '--workdir=w'], 'leave out :small')
   config_file.write_text(CONFIG.replace('get_config()', 'get_config(name)').replace("'mine'", 'name'))
-  assert lmspt('train', f'--config={config_file}:small', '--workdir=w')[0] == 0
-  assert loop.calls[0][0].name == 'small'
+  for argument in ('small', 'folder:a:b'):
+    assert lmspt('train', f'--config={config_file}:{argument}', '--workdir=w')[0] == 0
+    assert loop.calls[-1][0].name == argument
 
 
 def test_a_misspelt_config_file_is_answered_with_its_neighbour(fails, loop, config_file):

@@ -62,9 +62,7 @@ def load(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> Experimen
 
 
 def _get_config(reference: str) -> ml_collections.ConfigDict:
-  path, _, argument = reference.rpartition(':')
-  if not path or Path(reference).is_file():
-    path, argument = reference, ''
+  path, _, argument = reference.partition(':')  # the argument may hold more of them: demo.py:folder:DIR
   if not Path(path).is_file():
     here = Path(path).parent
     known = sorted(str(p) for p in here.glob('*.py')) if here.is_dir() else []
