@@ -49,11 +49,12 @@ def speech(speech_folder):
 
 def test_a_real_process_ends_with_one_line_and_status_1(repo, tmp_path):
   for start in (['-m', 'lmspt_jax'], ['-c', 'import sys; from lmspt_jax.cli.main import main; sys.exit(main())']):
-    done = subprocess.run([sys.executable, *start, 'encode', '--model=none', f'--out={tmp_path}', 'absent.wav'],
+    done = subprocess.run([sys.executable, *start, 'encode', '--model=none', f'--out={tmp_path / "out"}', 'absent.wav'],
                           cwd=repo, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stderr == 'lmspt: error: absent.wav: no such file; check the path\n'
     assert done.stdout == ''
+    assert not (tmp_path / 'out').exists()
 
 
 def test_help_names_every_verb(lmspt):
