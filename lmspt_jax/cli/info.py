@@ -68,12 +68,17 @@ def _model(model: str) -> list[tuple[str, str]]:
 def _licence(uri: str) -> str:
   """Trained weights carry the licence of the data they were trained on."""
   from lmspt_jax.data.dataset_info import load_info
+  from lmspt_jax.data.sources import open_source
 
+  if not uri:
+    return 'not known: the run names no training data'
   kind, _, path = uri.partition(':')
-  if kind == 'arrayrecord':
-    try:
-      licenses = load_info(path).licenses
-    except LmsptError:
-      return f"that of the training data, {uri} (not on this machine)"
-    return f'that of the training data: {", ".join(sorted(licenses)) or "not named in dataset.json"}'
-  return f'that of the training data, {uri}' if uri else 'not known: the run names no training data'
+  try:
+    if kind == 'arrayrecord':
+      licenses = set(load_info(path).licenses)
+    else:
+      source = open_source(uri)
+      licenses = {source[i].license for i in range(len(source))}
+  except LmsptError:
+    return f'that of the training data, {uri} (not on this machine)'
+  return f'that of the training data: {", ".join(sorted(licenses - {""})) or "not named there"}'
