@@ -14,7 +14,8 @@ from lmspt_jax.errors import LmsptError
 from lmspt_jax.models.discriminators import Discriminators
 
 
-def discriminator_params_from_torch(state_dict: Mapping[str, np.ndarray], config: DiscriminatorConfig) -> dict[str, Any]:
+def discriminator_params_from_torch(state_dict: Mapping[str, np.ndarray],
+                                    config: DiscriminatorConfig) -> dict[str, Any]:
   """Parameters of `Discriminators(config)` from the state dict of `dac.model.discriminator.Discriminator`.
 
   `state_dict` holds numpy arrays under PyTorch's names. Returns nested dictionaries of float32 arrays (list layers

@@ -89,7 +89,7 @@ def _input_gradient_by_phases(grad_BHWO: Array, kernel_HWIO: Array, x_shape: tup
     groups_BHWP = lax.conv_general_dilated(
         grad_BHWO, kernel_HTPO[::-1, ::-1].swapaxes(2, 3), (1, 1), [(rows - 1, rows - 1), (taps - 1, taps - 1)],
         dimension_numbers=_AXES)
-  batch, height, width, _ = x_shape
+  height, width = x_shape[1:3]
   padded = groups_BHWP.reshape(*groups_BHWP.shape[:2], -1, channels)
   x_grad = padded[:, padding[0] : padding[0] + height, padding[1] : padding[1] + width]
   # Columns past the last whole stride reach no output.

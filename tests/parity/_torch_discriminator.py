@@ -3,31 +3,22 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
+import sys
 from pathlib import Path
 
 import numpy as np
-import soundfile
 import torch
 from _torch_reference import load_audiotools, load_dac
 
 from lmspt_jax.config import DiscriminatorConfig
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / 'tests'))
+
 _RELEASE = DiscriminatorConfig()
 
-# Every kind of sub-discriminator, small enough for its weights to be a fixture.
-SMALL = DiscriminatorConfig(periods=(2, 3), period_channels=(4, 8, 8, 8, 8), rates=(2,),
-                            scale_channels=(4, 8, 16, 16, 16, 16), fft_sizes=(128,), stft_channels=4)
 MEL_BINS, MEL_WINDOWS = (40, 80, 160, 320), (256, 512, 1024, 2048)
-
-
-def speech(batch: int, samples: int) -> tuple[np.ndarray, np.ndarray]:
-  """Real speech [batch, samples] of the bundled sample and the same rounded to 5 bits, a stand-in for a decoder's."""
-  folder = ROOT / 'lmspt_jax' / 'assets' / 'speech_sample' / 'audio'
-  names = ('librivox-austen-0870', 'librivox-austen-0880', 'librivox-austen-0890', 'librivox-austen-0920')
-  real = np.stack([soundfile.read(folder / f'{n}.flac', dtype='float32')[0][8000 : 8000 + samples]
-                   for n in names[:batch]])
-  return real, np.round(real * 16) / 16
 
 
 def torch_discriminator(config: DiscriminatorConfig, sample_rate: int, seed: int = 0) -> torch.nn.Module:
@@ -41,7 +32,7 @@ def torch_discriminator(config: DiscriminatorConfig, sample_rate: int, seed: int
   with _widths(module, dict(zip(_RELEASE.scale_channels, config.scale_channels, strict=True))):
     parts += [module.MSD(rate, sample_rate=sample_rate) for rate in config.rates]
   with _widths(module, {_RELEASE.stft_channels: config.stft_channels}):
-    parts += [module.MRD(size, sample_rate=sample_rate, bands=list(zip(edges[:-1], edges[1:], strict=True)))
+    parts += [module.MRD(size, sample_rate=sample_rate, bands=list(itertools.pairwise(edges)))
               for size in config.fft_sizes]
   whole.discriminators = torch.nn.ModuleList(parts)
   # The reference's biases and gains are drawn near their norms: move the gains so that a wrong axis would show.
