@@ -54,12 +54,12 @@ def test_feature_distance_refuses_another_kind():
 
 def test_mel_loss_equals_the_reference(discriminator_fixture):
   real, fake, fixture = discriminator_fixture
-  loss = jax.jit(lambda x, y: multi_scale_mel_loss(x, y, 16_000, (40, 80, 160, 320), (256, 512, 1024, 2048)))(fake, real)
-  assert abs(loss - fixture['losses'][3]) <= 1e-4
+  loss = jax.jit(lambda x, y: multi_scale_mel_loss(x, y, 16_000, (40, 80, 160, 320), (256, 512, 1024, 2048)))
+  assert abs(loss(fake, real) - fixture['losses'][3]) <= 1e-4
 
 
 def test_mel_loss_of_silence_has_a_finite_gradient(discriminator_fixture):
   real, _, _ = discriminator_fixture
   loss = jax.jit(lambda x, y: multi_scale_mel_loss(x, y, 16_000, (40,), (256,)))
-  assert loss(real, real) == 0
+  assert loss(real, real) <= 1e-6  # the two sides may be fused differently
   assert jnp.isfinite(jax.jit(jax.grad(loss))(jnp.zeros_like(real), real)).all()
