@@ -7,8 +7,18 @@
 
 import ml_collections
 
-from lmspt_jax.config import (DataConfig, DiscriminatorConfig, ExperimentConfig, LossConfig, ModelConfig,
-                              OptimizerConfig, QuantizerConfig, TeacherConfig, TrainConfig, to_config_dict)
+from lmspt_jax.config import (
+  DataConfig,
+  DiscriminatorConfig,
+  ExperimentConfig,
+  LossConfig,
+  ModelConfig,
+  OptimizerConfig,
+  QuantizerConfig,
+  TeacherConfig,
+  TrainConfig,
+  to_config_dict,
+)
 
 SAMPLE = 'package:speech_sample'  # 64 utterances that come with lmspt_jax
 

@@ -1,4 +1,4 @@
-"""The release's networks at 6.25 frames a second: 24 kHz, strides 4 x 5 x 6 x 8 x 4, semantic codebook 4096 (paper, v1).
+"""The release's networks at 6.25 frames a second: 24 kHz, strides 4 x 5 x 6 x 8 x 4, semantic codebook 4096 (v1).
 
     lmspt train --config=configs/lmspt_6_25hz.py --workdir=DIR --config.data.train=arrayrecord:SHARDS
 

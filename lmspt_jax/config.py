@@ -329,7 +329,8 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     if name == 'quirks' and isinstance(value, str):
       return QuirksConfig.named(value)
     if not isinstance(value, dict):
-      raise LmsptError(f'config field {name} = {value!r}: set its fields, e.g. {name}.{dataclasses.fields(hint)[0].name}')
+      example = f'{name}.{dataclasses.fields(hint)[0].name}'
+      raise LmsptError(f'config field {name} = {value!r}: set its fields, e.g. {example}')
     return from_dict(hint, value, prefix=f'{name}.')
   if typing.get_origin(hint) is tuple:
     if not isinstance(value, list | tuple):

@@ -17,7 +17,8 @@ def schedule(config: OptimizerConfig, num_steps: int) -> optax.Schedule:
       0.0, config.learning_rate, warmup, num_steps, config.final_learning_rate)
 
 
-def optimizer(config: OptimizerConfig, num_steps: int, *, pytorch_default: bool = False) -> optax.GradientTransformation:
+def optimizer(config: OptimizerConfig, num_steps: int, *,
+              pytorch_default: bool = False) -> optax.GradientTransformation:
   """The update rule of one network.
 
   Args:

@@ -28,7 +28,7 @@ __all__ = ['PATHS', 'Codes', 'Tokenizer', 'model_hash', 'named_arrays']
 # Ways from codes to speech, and the model's method for each.
 PATHS = {'full': 'decode', 'semantic': 'decode_semantic', 'resynthesis': 'resynthesize'}
 # What training keeps beside a codebook and neither encoding nor decoding reads.
-STATISTICS = ('counts', 'sums')
+STATISTICS = ('counts', 'sums', 'mass')
 
 
 class Tokenizer:

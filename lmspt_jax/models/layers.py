@@ -6,8 +6,7 @@ All convolutions are weight-normalised as in the release: parameters `weight_v` 
 the kernel is g * v / |v|, the norm taken over every axis but PyTorch's first. That is the output channel of a
 convolution and the *input* channel of a transposed one (arXiv 1602.07868; torch.nn.utils.weight_norm, dim=0).
 
-Kernels start as PyTorch's convolutions do (uniform within 1/sqrt(fan in)): the release asks for a narrower normal, but
-writes it to a tensor that weight norm overwrites. Biases start at 0.
+Kernels start as PyTorch's convolutions do, uniform within 1/sqrt(fan in); biases start at 0.
 """
 
 from __future__ import annotations
