@@ -12,7 +12,7 @@ from lmspt_jax.convert.dac import discriminator_params_from_torch
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.losses.adversarial import discriminator_loss, feature_matching_loss, generator_adversarial_loss
 from lmspt_jax.models.convolution2d import convolution, plain_convolution
-from lmspt_jax.models.discriminators import Discriminators, normalise
+from lmspt_jax.models.discriminators import Discriminators, PeriodDiscriminator, ScaleDiscriminator, normalise
 
 
 @pytest.fixture(scope='module')
@@ -84,6 +84,19 @@ def test_normalise_ignores_offset_and_gain(discriminator_fixture):
   np.testing.assert_allclose(jnp.abs(audio).max(axis=1), 0.8, rtol=1e-6)
   np.testing.assert_allclose(normalise(0.1 * real + 0.3), audio, atol=1e-5)
   assert not normalise(jnp.zeros((1, 100))).any()
+
+
+def test_a_whole_number_of_periods_gets_one_more():
+  discriminator = PeriodDiscriminator(2, (1,) * 5, rngs=nnx.Rngs(0))
+  assert discriminator(jnp.ones((1, 54)))[0].shape == (1, 2, 10, 1)  # ceil(28 / 3) steps; 27 would give 9
+
+
+def test_resampling_repeats_the_edge_samples():
+  discriminator = ScaleDiscriminator(2, (4, 8, 8, 8, 8, 8), rngs=nnx.Rngs(0))
+  halved = discriminator(jnp.ones((1, 101)))  # a constant stays one, up to its ends
+  discriminator.rate = 1
+  for a, b in zip(halved, discriminator(jnp.ones((1, 50))), strict=True):
+    np.testing.assert_allclose(a, b, atol=1e-5)
 
 
 def test_items_do_not_depend_on_their_batch_mates(small, discriminator_fixture):
