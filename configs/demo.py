@@ -29,8 +29,8 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
   return to_config_dict(ExperimentConfig(
       name='demo',
       model=ModelConfig(
-          sample_rate=16_000, encoder_channels=16, encoder_strides=(4, 4, 5, 8), latent_dim=256,
-          decoder_channels=384, decoder_rates=(8, 5, 4, 4), resynthesis_channels=128, resynthesis_rates=(8, 5, 4, 4),
+          sample_rate=16_000, encoder_channels=8, encoder_strides=(4, 4, 5, 8), latent_dim=256,
+          decoder_channels=256, decoder_rates=(8, 5, 4, 4), resynthesis_channels=64, resynthesis_rates=(8, 5, 4, 4),
           semantic=QuantizerConfig(num_codebooks=1, codebook_size=1024, revive_below=0.1),
           acoustic=QuantizerConfig(num_codebooks=3, codebook_size=1024, dropout=0.5, revive_below=0.1)),
       discriminator=DiscriminatorConfig(
