@@ -13,6 +13,8 @@ import pytest
 import soundfile
 import soxr
 import torch
+import whisper as openai_whisper
+from _torch_whisper import openai_model
 from flax import nnx
 
 import lmspt_jax
@@ -89,8 +91,6 @@ def test_quantizer_losses(pair):
 
 def test_distillation_gradient_reaches_the_auxiliary_decoder():
   """d(distillation) / d(auxiliary decoder), through the real Whisper tiny.en and its log-mel."""
-  import whisper as openai_whisper
-
   config = _torch_tokenizer.SMALL
   reference = _torch_tokenizer.make(config)
   audio = speech(2, 1.92, 24_000)
@@ -98,8 +98,8 @@ def test_distillation_gradient_reaches_the_auxiliary_decoder():
   with torch.no_grad():
     z_sem = reference(torch.from_numpy(audio))['z_semantic']
 
-  checkpoint = load_whisper('package:tiny.en')
-  encoder = _openai_encoder(openai_whisper, checkpoint)
+  checkpoint = load_whisper('package:tiny.en', ('encoder', 'decoder'))
+  encoder = openai_model(checkpoint).encoder
   resynthesis = reference.aux_decoder(z_sem)[:, 0]
   resynthesis = torch.nn.functional.pad(resynthesis, (0, original.shape[1] - resynthesis.shape[1]))
   features = []
@@ -130,9 +130,3 @@ def test_distillation_gradient_reaches_the_auxiliary_decoder():
       config)['resynthesis_decoder']
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(theirs), strict=True):
     assert relative(a, b) <= 1e-3, release_name('resynthesis_decoder/' + '/'.join(str(p.key) for p in path), config)
-
-
-def _openai_encoder(openai_whisper, checkpoint) -> torch.nn.Module:
-  """openai-whisper's encoder with the real weights."""
-  from _torch_whisper import encoder_from_checkpoint
-  return encoder_from_checkpoint(openai_whisper, checkpoint)

@@ -24,6 +24,7 @@ from lmspt_jax.models import whisper
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _torch_reference import load_audiotools
+from _torch_whisper import openai_model, state_dict
 
 SAMPLE = Path(__file__).parents[2] / 'lmspt_jax/assets/speech_sample'
 BOTH = ('encoder', 'decoder')
@@ -44,35 +45,10 @@ def tiny():
   return convert.load_whisper('package:tiny.en', BOTH)
 
 
-def _state_dict(checkpoint, rules):
-  out = {}
-  for key_path, value in jax.tree.leaves_with_path(checkpoint.params):
-    path = '/'.join(str(key.key) for key in key_path)
-    out[convert.foreign_name(path, rules)] = np.ascontiguousarray(convert.foreign_layout(path, value))
-  positions = whisper.sinusoids(checkpoint.dims.audio_context, checkpoint.dims.width)
-  out[convert.foreign_name('encoder/positions', rules)] = positions.copy()
-  return out
-
-
 @pytest.fixture(scope='module')
 def reference(tiny):
   """openai-whisper's model with the same weights; strict: every name must be its own."""
-  dims = openai_whisper.model.ModelDimensions(
-    n_mels=80,
-    n_audio_ctx=1500,
-    n_audio_state=384,
-    n_audio_head=6,
-    n_audio_layer=4,
-    n_vocab=51864,
-    n_text_ctx=448,
-    n_text_state=384,
-    n_text_head=6,
-    n_text_layer=4,
-  )
-  model = openai_whisper.model.Whisper(dims)
-  tensors = {name: torch.from_numpy(value) for name, value in _state_dict(tiny, convert.OPENAI_NAMES).items()}
-  model.load_state_dict(tensors, strict=True)
-  return model.eval()
+  return openai_model(tiny)
 
 
 @pytest.mark.parametrize('n_mels', [80, 128])
@@ -91,9 +67,9 @@ def test_encoder_and_decoder(tiny, reference, speech):
   error_BTD = np.abs(np.asarray(ours) - theirs.numpy())
   rms, worst = np.sqrt(np.mean(error_BTD**2)), error_BTD.max(axis=-1)
   print(f'encoder: rms error {rms:.2e}, max {worst.max():.2e}, at rms {theirs.square().mean().sqrt():.2f}')
-  # One position of these 3000 is ill conditioned: float32 rounding of the products, which XLA and PyTorch sum in
-  # different orders, comes out at 1.3e-3 there. In float64 the two agree to 1e-12 (the next test).
-  assert rms <= 1e-5 and np.mean(worst > 1e-3) <= 1e-3 and worst.max() <= 5e-3
+  # Relative to the largest value, as in the other parity tests. One position of these 3000 is ill conditioned: the
+  # two sum float32 products in different orders and differ by 1.3e-3 there; in float64 by 1e-12 (the next test).
+  assert rms <= 1e-5 and worst.max() / theirs.abs().max() <= 1e-3
 
   tokens = np.random.default_rng(0).integers(0, 50_000, (2, 20)).astype(np.int32)
   logits = jax.jit(lambda p, t, x: whisper.bind(whisper.WhisperDecoder, tiny.dims, p)(t, x))(
@@ -129,7 +105,7 @@ def test_three_formats_give_identical_parameters(tiny, reference, tmp_path):
   )
   folder = tmp_path / 'hf'
   folder.mkdir()
-  tensors = {f'model.{k}': v for k, v in _state_dict(tiny, convert.HUGGING_FACE_NAMES).items()}
+  tensors = {f'model.{k}': v for k, v in state_dict(tiny, convert.HUGGING_FACE_NAMES).items()}
   safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
   config = {
     'model_type': 'whisper',
