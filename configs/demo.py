@@ -37,7 +37,7 @@ def get_config(arg: str = '') -> ml_collections.ConfigDict:
           periods=(2, 3, 5), period_channels=(8, 32, 64, 128, 128), fft_sizes=(512,), stft_channels=8),
       teacher=TeacherConfig(checkpoint='package:tiny.en'),
       loss=LossConfig(mel_bins=(40, 80), mel_windows=(512, 1024)),
-      generator_optimizer=OptimizerConfig(learning_rate=1e-3, final_learning_rate=1e-4, warmup_steps=20),
+      generator_optimizer=OptimizerConfig(learning_rate=5e-4, final_learning_rate=5e-5, warmup_steps=20),
       discriminator_optimizer=OptimizerConfig(learning_rate=2e-4, final_learning_rate=5e-5, warmup_steps=20),
       data=DataConfig(train=source, held_out=source, crop_seconds=1.6, batch_size=8, num_workers=1),
       train=TrainConfig(num_steps=300, log_every=10, eval_every=100, eval_utterances=8, eval_audio=4, eval_seconds=4.0,

@@ -42,8 +42,8 @@ class QuantizerConfig:
   dropout: float = 0.0  # share of a batch's items that use a random number of codebooks in training
   fsq_levels: tuple[int, ...] = (8, 8, 8, 6, 5)
   ema_decay: float = 0.99  # of the codebook ('ema')
-  # Against collapse, for 'vq' and 'ema' (Jukebox section 3.2, SoundStream section 3.3):
-  kmeans_init: bool = True  # codes start as k-means centroids of the first batch's latents
+  # Against collapse (training/codebooks.py):
+  data_init: bool = True  # latents start standardised, codes as k-means centroids, on the first batches
   revive_below: float = 0.02  # codes drawn less than this part of a fair share (1/size) are replaced; 0: never
   revive_every: int = 20  # steps between replacements
   revive_until: float = 0.8  # share of training after which nothing is replaced any more

@@ -3,9 +3,10 @@
 Axes: B batch, T frames, K codebooks, S codebook size, D code dimension, P points.
 
 A small run of a factorised VQ that starts from random codes ends up drawing a handful of them: the untrained
-encoder's latents point nearly one way, and a code that is never drawn gets no gradient. So codes start where the
-latents are (Jukebox, arXiv 2005.00341, section 3.2) and a code that falls out of use is moved onto a latent of the
-current batch (SoundStream, arXiv 2107.03312, section 3.3).
+encoder's latents are tiny and point nearly one way, and a code that is never drawn gets no gradient. So the layers
+that make the latents start standardised on the first batches (weight norm's data-dependent initialisation, arXiv
+1602.07868, section 3), codes start where the latents are (Jukebox, arXiv 2005.00341, section 3.2), and a code that
+falls out of use is moved onto a latent of the current batch (SoundStream, arXiv 2107.03312, section 3.3).
 """
 
 from __future__ import annotations
@@ -58,22 +59,28 @@ def kmeans(key: Array, points_PD: Float[Array, 'P D'], size: int, iterations: in
 
 def initialise(key: Array, config: ModelConfig, params: dict[str, Any], codebooks: dict[str, Any],
                latents: Any) -> tuple[dict[str, Any], dict[str, Any]]:
-  """Starts every codebook at k-means centroids of the latents it will see, one after the other.
+  """Standardises the layers before each lookup and starts every codebook at k-means centroids, one after the other.
 
-  A residual quantizer's second codebook sees what the first leaves over, so each needs a pass of its own.
+  A residual quantizer's second codebook sees what the first leaves over, so each needs passes of its own.
 
   Args:
     key: randomness.
     config: the model's.
     params: tokenizer parameters. Returned changed.
     codebooks: codebook states. Returned changed.
-    latents: function (params, codebooks) -> {'semantic': [P, K, D], 'acoustic': [P, K, D]}, of several batches.
+    latents: function (params, codebooks) -> {'semantic': [P, K, D], 'acoustic': [P, K, D], 'semantic_encoder':
+      [P, C], 'acoustic_encoder': [P, C]} of several batches; a shared encoder has no 'acoustic_encoder'.
   """
   for part, name in PARTS.items():
     quantizer: QuantizerConfig = getattr(config, part)
-    if quantizer.kind == 'fsq' or not quantizer.kmeans_init:
+    if not quantizer.data_init:
       continue
+    if f'{part}_encoder' in params:
+      params = _standardise(params, (f'{part}_encoder', 'conv_out'), latents(params, codebooks)[f'{part}_encoder'])
     for i in range(quantizer.num_codebooks):
+      params = _standardise(params, (name, 'quantizers', i, 'in_proj'), latents(params, codebooks)[part][:, i])
+      if quantizer.kind == 'fsq':
+        continue
       key, use = jax.random.split(key)
       points_PD = latents(params, codebooks)[part][:, i]
       table_SD = jax.jit(kmeans, static_argnums=2)(use, points_PD, quantizer.codebook_size)
@@ -164,6 +171,16 @@ def _draw_latents(key: Array, latents_BTD: Array, mask_BT: Array, count: int) ->
   points_PD = latents_BTD.reshape(-1, latents_BTD.shape[-1])
   logits_P = jnp.log(jnp.maximum(mask_BT.reshape(-1), 1e-30))
   return points_PD[jax.random.categorical(key, logits_P, shape=(count,))]
+
+
+def _standardise(params: dict[str, Any], layer: tuple[Any, ...], outputs_PC: Float[Array, 'P C']) -> dict[str, Any]:
+  """Gives a weight-normalised layer outputs of mean 0 and variance 1 per channel, from what it gives now."""
+  here = params
+  for key in layer:
+    here = here[key]
+  mean_C, deviation_C = jnp.mean(outputs_PC, axis=0), jnp.maximum(jnp.std(outputs_PC, axis=0), 1e-8)
+  return _replace(params, layer, {**here, 'weight_g': here['weight_g'] / deviation_C,
+                                  'bias': (here['bias'] - mean_C) / deviation_C})
 
 
 def _replace(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> dict[Any, Any]:

@@ -149,7 +149,7 @@ def _fresh_state(experiment: Experiment, shardings: TrainState, mesh: Mesh) -> T
   config = experiment.config
   state = jax.jit(experiment.init, out_shardings=shardings)()
   quantizers = (config.model.semantic, config.model.acoustic)
-  if config.quirks.dead_codes or not any(q.kmeans_init and q.kind != 'fsq' for q in quantizers):
+  if config.quirks.dead_codes or not any(q.data_init for q in quantizers):
     return state
   frames = config.data.batch_size * (config.crop_samples // config.model.hop)
   needed = min(8, math.ceil(4 * max(q.size for q in quantizers) / frames))
@@ -159,13 +159,16 @@ def _fresh_state(experiment: Experiment, shardings: TrainState, mesh: Mesh) -> T
 
   @jax.jit
   def latents_of(params, codebooks, batch):
-    out = experiment.tokenizer(params, codebooks)(batch['audio'])
+    tokenizer = experiment.tokenizer(params, codebooks)
+    out = tokenizer(batch['audio'])
     length = out.semantic.codes.shape[1]
     # Padding is no place for a code: frames past an item's end are its real frames again.
     real_B = jnp.maximum(-(-batch['num_samples'] // config.model.hop), 1)
     wrapped_BT = jnp.arange(length) % real_B[:, None]
-    pick = lambda x: jnp.take_along_axis(x, wrapped_BT[:, :, None, None], axis=1).reshape(-1, *x.shape[2:])
-    return {'semantic': pick(out.semantic.latents), 'acoustic': pick(out.acoustic.latents)}
+    pick = lambda x: jax.vmap(lambda row, t: row[t])(x, wrapped_BT).reshape(-1, *x.shape[2:])
+    encoded = {name: pick(getattr(tokenizer, name)(batch['audio'])) for name in ('semantic_encoder', 'acoustic_encoder')
+               if name in params}
+    return {'semantic': pick(out.semantic.latents), 'acoustic': pick(out.acoustic.latents), **encoded}
 
   def latents(params, codebooks):
     parts = [latents_of(params, codebooks, batch) for batch in audio]

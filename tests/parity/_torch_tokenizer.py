@@ -40,6 +40,18 @@ class Tokenizer(torch.nn.Module):
             'semantic_commitment': commitment_sem, 'semantic_codebook': codebook_sem,
             'acoustic_commitment': commitment_ac, 'acoustic_codebook': codebook_ac}
 
+  def encode(self, audio: torch.Tensor) -> torch.Tensor:
+    """Codes [B, K, T] alone."""
+    z_sem, codes_sem, *_ = self.quantizer['rvq_first'](self.semantic_encoder(audio[:, None]))
+    codes_ac = self.quantizer['rvq_rest'](self.acoustic_encoder(audio[:, None]) - z_sem)[1]
+    return torch.cat([codes_sem, codes_ac], 1)
+
+  def decode(self, codes: torch.Tensor) -> torch.Tensor:
+    """Codes [B, K, T] to audio."""
+    z_sem = self.quantizer['rvq_first'].from_codes(codes[:, :1])[0]
+    z_ac = self.quantizer['rvq_rest'].from_codes(codes[:, 1:])[0]
+    return self.decoder(z_sem + z_ac)[:, 0]
+
 
 def make(config: ModelConfig, seed: int = 0) -> Tokenizer:
   """Random weights, with snakes and biases away from their starting values so that a swap would show."""
