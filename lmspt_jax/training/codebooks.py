@@ -88,7 +88,8 @@ def initialise(key: Array, config: ModelConfig, params: dict[str, Any], codebook
         params = _replace(params, (name, 'quantizers', i, 'codebook'), table_SD)
       else:
         codebooks = _replace(codebooks, (name, 'quantizers', i, 'codebook'), table_SD)
-        codebooks = _replace(codebooks, (name, 'quantizers', i, 'sums'), table_SD)
+        sums_SD = jnp.copy(table_SD)  # a buffer of its own: the train step donates both
+        codebooks = _replace(codebooks, (name, 'quantizers', i, 'sums'), sums_SD)
   return params, codebooks
 
 
