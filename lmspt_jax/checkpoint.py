@@ -119,8 +119,9 @@ def restore_for_inference(workdir: str | Path) -> RestoredModel:
     wanted = {'generator': {'tokenizer': params}, 'codebooks': codebooks}
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
-    with ocp.Context(pytree_options=ocp.options.PyTreeOptions(
-        loading=ocp.options.PyTreeOptions.Loading(partial_load=True))):
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True  # discriminators and optimizer states stay on disk
+    with context:
       state = ocp.load_checkpointables(workdir.absolute() / FOLDER / str(step), {'state': wanted})['state']
     return RestoredModel(config, state['generator']['tokenizer'], state['codebooks'], step, record['teacher_id'])
   finally:

@@ -266,6 +266,16 @@ def test_encode_then_decode(lmspt, tiny_run, tiny_tokenizer, speech, tmp_path):
   assert [p.suffix for p in tmp_path.glob('*.*')] == ['.npz']  # no temporary file stays
 
 
+def test_good_input_leaves_stderr_empty(repo, tiny_run, speech, tmp_path):
+  """In a process of its own: libraries warn through logging, which pytest takes away from stderr."""
+  verbs = (['info', tiny_run], ['encode', f'--model={tiny_run}', f'--out={tmp_path}', speech],
+           ['decode', f'--model={tiny_run}', f'--out={tmp_path}', tmp_path / f'{speech.stem}.npz'])
+  code = f'from lmspt_jax.cli.main import main; print(*(main(v) for v in {[[*map(str, v)] for v in verbs]}))'
+  done = subprocess.run([sys.executable, '-c', code], cwd=repo, capture_output=True, text=True)
+  assert done.stderr == ''
+  assert done.stdout.endswith('\n0 0 0\n')
+
+
 def rewrite(path, **changes):
   with np.load(path) as archive:
     np.savez(path, allow_pickle=True, **{k: v for k, v in ({**archive} | changes).items() if v is not None})
