@@ -63,3 +63,18 @@ def test_mel_loss_of_silence_has_a_finite_gradient(discriminator_fixture):
   loss = jax.jit(lambda x, y: multi_scale_mel_loss(x, y, 16_000, (40,), (256,)))
   assert loss(real, real) <= 1e-6  # the two sides may be fused differently
   assert jnp.isfinite(jax.jit(jax.grad(loss))(jnp.zeros_like(real), real)).all()
+
+
+def test_mel_loss_leaves_padding_out(discriminator_fixture):
+  """An item padded beside a longer one, whatever the other side holds there, is worth what it is worth cut."""
+  real, fake, _ = discriminator_fixture
+  short = 1280  # of 2560: whole hops of both windows
+  loss = jax.jit(lambda x, y, n: multi_scale_mel_loss(x, y, 16_000, (40, 80), (256, 512), n))
+  noisy = jnp.asarray(fake).at[:, short:].set(0.3)
+  cut, given = jnp.zeros_like(real).at[:, :short].set(real[:, :short]), jnp.full(len(real), short)
+  np.testing.assert_allclose(loss(noisy, cut, given), loss(fake, real, given), rtol=1e-6)
+  # Frames at the very end see reflected speech when cut and silence when padded: a few of many.
+  alone = multi_scale_mel_loss(fake[:, :short], real[:, :short], 16_000, (40, 80), (256, 512))
+  np.testing.assert_allclose(loss(noisy, cut, given), alone, rtol=0.03)
+  np.testing.assert_allclose(loss(fake, real, jnp.full(len(real), real.shape[1])),
+                             multi_scale_mel_loss(fake, real, 16_000, (40, 80), (256, 512)), rtol=1e-6)

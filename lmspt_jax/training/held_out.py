@@ -24,7 +24,7 @@ def make_eval_step(experiment: Experiment):
   """(generator, codebooks, teacher_params, batch) -> metrics, codes [B, K, T], and the three waveforms.
 
   The batch has a `weight` float32 [B], 0 for rows that only fill the last batch. Losses are per item, so that
-  neither the fill nor the batch size changes a figure.
+  neither the fill nor the batch size changes a figure, and leave the padding of short recordings out.
   """
   config = experiment.config
 
@@ -33,7 +33,7 @@ def make_eval_step(experiment: Experiment):
     out = tokenizer(audio_BN)
     student = experiment.distillation.student(distillation_params, out)
     mel = multi_scale_mel_loss(out.audio, audio_BN, config.model.sample_rate, config.loss.mel_bins,
-                               config.loss.mel_windows)
+                               config.loss.mel_windows, num_samples[None])
     distance = experiment.distillation.loss(teacher_params, audio_BN, num_samples[None], student)
     return mel, distance
 

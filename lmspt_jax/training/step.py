@@ -120,8 +120,8 @@ def make_train_step(experiment: Experiment) -> TrainStep:
     metrics = {f'loss/{name}': mean(value, items) for name, value in terms.items()}
     metrics |= {
         'loss/generator': mean(g_loss, items), 'loss/discriminator': mean(d_loss, items),
-        'gradient/generator': mean(optax.global_norm(g_gradients)),
-        'gradient/discriminator': mean(optax.global_norm(d_gradients)),
+        'gradient/generator': mean(optax.tree.norm(g_gradients)),
+        'gradient/discriminator': mean(optax.tree.norm(d_gradients)),
         'audio_seconds': (jnp.sum(num_samples_B) / model.sample_rate, jnp.ones(()))}
     metrics |= {f'codebook/{name}': pair for name, pair in usage.items()}
     new_state = TrainState(
