@@ -142,10 +142,10 @@ class _Recorder:
 
 
 def golden_steps() -> list[dict[str, float]]:
-  """Metrics of the first two steps, of which the second shows what the first did to the parameters."""
+  """Metrics of the first steps: the second shows what the first did to parameters, the third to optimizer states."""
   _, state, step = recording_step(TINY)
   rows = []
-  for batch in speech_batches(TINY, 2):
+  for batch in speech_batches(TINY, 3):
     state, found, _ = step(state, batch)
     rows.append({name: float(total) / float(weight) for name, (total, weight) in sorted(found.items())})
   return rows

@@ -140,6 +140,8 @@ def test_generator_is_judged_by_the_updated_discriminator(fixed, plainly, batch)
 
 def test_discriminator_learns_on_the_detached_output(fixed, plainly, batch):
   experiment, state, step = fixed
+  # Untrained discriminators hardly tell two signals apart; with larger weights they do.
+  state = state.replace(discriminator=jax.tree.map(lambda x: 2 * x, state.discriminator))
   after, found, seen = step(state, batch, {})  # no generator loss at all: only the discriminator's could reach it
   assert size(seen['generator']) == 0
   _, out = plainly(state.generator, state.discriminator)
@@ -520,6 +522,8 @@ def test_fsq_codes_round_trip(levels):
   quantized, found, _, commitment, codebook = run(jnp.asarray(z, jnp.float32))
   assert np.array_equal(found, codes)
   np.testing.assert_allclose(quantized, grid, atol=1e-5)
+  near_zero = run(jnp.full((1, 2, dim), jnp.array([[-0.05], [0.05]])))[0]
+  assert not np.any(near_zero)  # the middle level is around 0 for even and odd numbers of levels
   assert not np.any(commitment) and not np.any(codebook)
   corners = np.array(list(itertools.product((-1e3, 1e3), repeat=dim)), np.float32)[None]
   quantized, found, *_ = run(jnp.asarray(corners))
