@@ -40,18 +40,20 @@ def perplexity(counts: np.ndarray) -> float:
 class MetricWriter:
   """`metrics.jsonl` and TensorBoard scalars in a run's folder.
 
-  A run that resumes at a step drops the rows after it, so the file reads as if nothing had happened.
+  A run that resumes at a step drops the rows after it, so the file reads as if nothing had happened. One that starts
+  at 0 is fresh, whatever a killed run has left here: it drops them all.
   """
 
   def __init__(self, workdir: Path, start_step: int):
     self._path = workdir / 'metrics.jsonl'
+    last_kept = start_step or -1
     if self._path.exists():
-      kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= start_step]
+      kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= last_kept]
       temporary = self._path.with_suffix('.tmp')
       temporary.write_text(''.join(line + '\n' for line in kept))
       temporary.replace(self._path)
     self._file = self._path.open('a')
-    self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=start_step + 1)
+    self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=last_kept + 1)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """One row; NaN and infinity are written as null, which every JSON reader takes."""
