@@ -35,7 +35,7 @@ class Tokenizer(torch.nn.Module):
     z_sem, codes_sem, _, commitment_sem, codebook_sem = self.quantizer['rvq_first'](latent)
     acoustic = self.acoustic_encoder(audio[:, None])
     z_ac, codes_ac, _, commitment_ac, codebook_ac = self.quantizer['rvq_rest'](acoustic - z_sem)
-    return {'latent': latent, 'z_semantic': z_sem, 'codes': torch.cat([codes_sem, codes_ac], 1),
+    return {'latent': latent, 'z_semantic': z_sem, 'z_acoustic': z_ac, 'codes': torch.cat([codes_sem, codes_ac], 1),
             'audio': self.decoder(z_sem + z_ac)[:, 0], 'resynthesis': self.aux_decoder(z_sem)[:, 0],
             'semantic_commitment': commitment_sem, 'semantic_codebook': codebook_sem,
             'acoustic_commitment': commitment_ac, 'acoustic_codebook': codebook_ac}

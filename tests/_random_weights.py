@@ -1,0 +1,22 @@
+"""Weights for a model of the codec's layers without running its initialisation, which takes JAX half a minute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import numpy as np
+
+
+def random_weights(abstract: Any, seed: int = 0) -> Any:
+  """Arrays for nested dictionaries of shapes under the layers' parameter names, as large as training starts them."""
+  rng = np.random.default_rng(seed)
+
+  def fill(path, leaf):
+    value = {
+        'weight_v': lambda: rng.uniform(-1, 1, leaf.shape), 'weight_g': lambda: np.full(leaf.shape, 3**-0.5),
+        'bias': lambda: np.zeros(leaf.shape), 'alpha': lambda: np.ones(leaf.shape),
+        'counts': lambda: np.ones(leaf.shape), 'codebook': lambda: rng.normal(size=leaf.shape)}[path[-1].key]()
+    return value.astype(leaf.dtype)
+
+  return jax.tree_util.tree_map_with_path(fill, abstract)
