@@ -6,7 +6,9 @@ versions. Orbax writes to a temporary folder and renames it, so what can be list
 
 from __future__ import annotations
 
+import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +22,11 @@ from lmspt_jax.models.tokenizer import SpeechTokenizer, abstract_tokenizer, merg
 
 FOLDER = 'checkpoints'
 FORMAT = 1  # raised when the state's layout changes
+
+
+def has_checkpoint(workdir: str | Path) -> bool:
+  """Whether a run's folder holds a whole checkpoint; a half-written one has another name than its step's."""
+  return any(path.name.isdigit() for path in (Path(workdir) / FOLDER).glob('*'))
 
 
 class CheckpointStore:
@@ -52,18 +59,20 @@ class CheckpointStore:
   def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
     """State (on the shardings of `abstract_state`) and record of a step."""
     record = self.record(step)
-    loaded = self._checkpointer.load_checkpointables(step, {'state': abstract_state})
+    with _reading(self._folder(step)):
+      loaded = self._checkpointer.load_checkpointables(step, {'state': abstract_state})
     return loaded['state'], record
 
   def record(self, step: int) -> dict[str, Any]:
     """The record alone.
 
     Raises:
-      LmsptError: it was written by another version of the format.
+      LmsptError: it is damaged, or was written by another version of the format.
     """
-    record = json.loads(self._checkpointer.load_checkpointables(step, {'record': {'json': str}})['record']['json'])
+    with _reading(self._folder(step)):
+      record = json.loads(self._checkpointer.load_checkpointables(step, {'record': {'json': str}})['record']['json'])
     if record.get('format') != FORMAT:
-      raise LmsptError(f'{self._checkpointer.directory / str(step)}: checkpoint format {record.get("format")!r}, this '
+      raise LmsptError(f'{self._folder(step)}: checkpoint format {record.get("format")!r}, this '
                        f'version reads {FORMAT}; use the lmspt_jax that wrote it')
     return record
 
@@ -73,6 +82,19 @@ class CheckpointStore:
 
   def close(self) -> None:
     self._checkpointer.close()
+
+  def _folder(self, step: int) -> Path:
+    return Path(self._checkpointer.directory) / str(step)
+
+
+@contextlib.contextmanager
+def _reading(folder: Path) -> Iterator[None]:
+  """What Orbax raises for files that are missing, cut short or of other arrays, as one line."""
+  try:
+    yield
+  except (KeyError, ValueError, OSError) as error:
+    raise LmsptError(f'{folder}: can\'t be read, so it is damaged or of another version of lmspt_jax; delete it to go '
+                     'on from the checkpoint before it') from error
 
 
 @dataclass(frozen=True)
@@ -121,7 +143,7 @@ def restore_for_inference(workdir: str | Path) -> RestoredModel:
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
     context = ocp.Context()
     context.pytree.loading.partial_load = True  # discriminators and optimizer states stay on disk
-    with context:
+    with context, _reading(workdir.absolute() / FOLDER / str(step)):
       state = ocp.load_checkpointables(workdir.absolute() / FOLDER / str(step), {'state': wanted})['state']
     return RestoredModel(config, state['generator']['tokenizer'], state['codebooks'], step, record['teacher_id'])
   finally:

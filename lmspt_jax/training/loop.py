@@ -36,6 +36,7 @@ from lmspt_jax.training import codebooks as codebook_rules
 from lmspt_jax.training.held_out import evaluate, make_eval_step
 from lmspt_jax.training.state import Experiment, TrainState
 from lmspt_jax.training.step import make_train_step
+from lmspt_jax.training.teacher import WINDOW_SECONDS
 from lmspt_jax.training.workdir import open_workdir
 
 _log = logging.getLogger(__name__)
@@ -125,6 +126,13 @@ def train(config: ExperimentConfig, workdir: str | Path) -> None:
 def _load_teacher(config: ExperimentConfig, mesh: Mesh):
   if config.teacher.strategy == 'none':
     return None, {}, ''
+  longest = [('data.crop_seconds', config.data.crop_seconds, config.crop_samples)]
+  if config.data.held_out:
+    longest.append(('train.eval_seconds', config.train.eval_seconds, _held_out_samples(config)))
+  for name, value, samples in longest:
+    if samples > WINDOW_SECONDS * config.model.sample_rate:
+      raise LmsptError(f'config field {name} = {value}: the teacher hears at most {WINDOW_SECONDS} s (whole frames '
+                       'are counted); use less')
   checkpoint = load_whisper(config.teacher.checkpoint, parts=('encoder',))
   params = checkpoint.params['encoder']
   return checkpoint.dims, jax.device_put(params, state_shardings(params, mesh)), checkpoint.sha256
@@ -133,9 +141,13 @@ def _load_teacher(config: ExperimentConfig, mesh: Mesh):
 def _load_held_out(config: ExperimentConfig) -> dict[str, Any] | None:
   if not config.data.held_out:
     return None
+  return held_out_utterances(config.data, config.model.sample_rate, _held_out_samples(config),
+                             config.train.eval_utterances)
+
+
+def _held_out_samples(config: ExperimentConfig) -> int:
   model = config.model
-  samples = model.num_frames(round(config.train.eval_seconds * model.sample_rate)) * model.hop
-  return held_out_utterances(config.data, model.sample_rate, samples, config.train.eval_utterances)
+  return model.num_frames(round(config.train.eval_seconds * model.sample_rate)) * model.hop
 
 
 def _batches(config: ExperimentConfig, start_batch: int):
@@ -251,7 +263,9 @@ class _Meter:
     self._bar.update()
     self._seconds += float(found['audio_seconds'][0])
     self._sums = metrics_lib.merge(self._sums, found)
-    if step % self._config.train.log_every and step != self._config.train.num_steps:
+    # At every step: the state that comes of it must not be saved.
+    broken = [k for k, v in metrics_lib.result(found).items() if not np.isfinite(v)]
+    if step % self._config.train.log_every and step != self._config.train.num_steps and not broken:
       return
     values = metrics_lib.result(self._sums)
     self._sums = {}
@@ -262,7 +276,6 @@ class _Meter:
     self._bar.set_postfix_str(
         f'mel {values["loss/mel"]:.2f}, distill {values["loss/distillation"]:.3f}, '
         f'd {values["loss/discriminator"]:.2f}, {values["audio_seconds_per_second"]:.1f} audio s/s')
-    broken = [k for k, v in values.items() if not np.isfinite(v)]
     if broken:
-      raise LmsptError(f'{broken[0]} is not finite within {self._config.train.log_every} steps of step {step}; lower '
-                       'generator_optimizer.learning_rate, or look at the data of these steps')
+      raise LmsptError(f'{broken[0]} is not finite at step {step}; lower generator_optimizer.learning_rate, or look at '
+                       'the data of this step')

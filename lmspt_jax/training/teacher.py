@@ -26,7 +26,8 @@ from lmspt_jax.models.tokenizer import TokenizerOutput
 from lmspt_jax.models.whisper import WhisperDims, WhisperEncoder
 
 SAMPLES_PER_POSITION = 2 * WHISPER_HOP  # the encoder halves the mel frames
-WINDOW_SAMPLES = 30 * WHISPER_SAMPLE_RATE
+WINDOW_SECONDS = 30
+WINDOW_SAMPLES = WINDOW_SECONDS * WHISPER_SAMPLE_RATE
 
 
 class Distillation(Protocol):

@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lmspt_jax.checkpoint import has_checkpoint
 from lmspt_jax.config import ExperimentConfig, to_dict
 from lmspt_jax.errors import LmsptError
 
@@ -25,8 +26,10 @@ _PACKAGES = ('lmspt_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 
 def open_workdir(config: ExperimentConfig, workdir: Path) -> None:
   """Makes the folder, or checks that it belongs to the same experiment; then writes config, versions and command.
 
+  A run that ended before its first checkpoint (a misspelt path, say) left nothing to keep: it binds no later config.
+
   Raises:
-    LmsptError: the folder can't be written, or holds a run with another config.
+    LmsptError: the folder can't be written, or holds checkpoints of a run with another config.
   """
   try:
     workdir.mkdir(parents=True, exist_ok=True)
@@ -36,7 +39,7 @@ def open_workdir(config: ExperimentConfig, workdir: Path) -> None:
   except OSError as error:
     raise LmsptError(f'--workdir={workdir}: can\'t be written ({error.strerror}); give a folder you own') from error
   path = workdir / CONFIG
-  if path.exists():
+  if path.exists() and has_checkpoint(workdir):
     try:
       before = _flatten(json.loads(path.read_text()))
     except json.JSONDecodeError as error:
