@@ -1,7 +1,7 @@
 """LM-SPT speech tokenizers in JAX: train, encode, decode (arXiv 2506.16738).
 
     from lmspt_jax import Tokenizer
-    tokenizer = Tokenizer.from_pretrained('runs/demo')
+    tokenizer = Tokenizer.from_pretrained('runs/demo/run')
     codes = tokenizer.encode(audio, sample_rate=16_000)
     audio = tokenizer.decode(codes)
 

@@ -1,13 +1,12 @@
 """Checkpoints of a run: one named composite per step, written in the background. The only importer of Orbax.
 
-A checkpoint holds `state` (the train state's arrays), and `record`, a JSON text: data position, config, teacher id,
+A checkpoint holds `state` (the train state's arrays), and `record`, JSON: data position, config, teacher id,
 versions. Orbax writes to a temporary folder and renames it, so what can be listed is whole.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -40,10 +39,15 @@ class CheckpointStore:
   def __init__(self, workdir: str | Path, keep: int | None = None):
     training = ocp.training
     policy = training.preservation_policies.LatestN(keep) if keep else training.preservation_policies.PreserveAll()
+    # By itself Orbax would save the record's text among arrays, find none there and warn with every checkpoint.
+    registry = ocp.handlers.local_registry()
+    registry.add(ocp.handlers.JsonHandler, checkpointable_name='record')
+    context = ocp.Context()
+    context.checkpointables.registry = registry
     # The caller decides when to save: every call is meant, so the interval is one step.
     self._checkpointer = training.Checkpointer(
         Path(workdir).absolute() / FOLDER, preservation_policy=policy, cleanup_tmp_directories=keep is not None,
-        save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1))
+        save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1), context=context)
 
   @property
   def latest_step(self) -> int | None:
@@ -53,8 +57,8 @@ class CheckpointStore:
   def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
     """Starts writing; the arrays are copied before it returns, so the caller may donate them."""
     if step != self.latest_step:
-      text = json.dumps({'format': FORMAT, **record}, sort_keys=True)
-      self._checkpointer.save_checkpointables_async(step, {'state': state, 'record': {'json': text}}, force=True)
+      self._checkpointer.save_checkpointables_async(
+          step, {'state': state, 'record': {'format': FORMAT, **record}}, force=True)
 
   def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
     """State (on the shardings of `abstract_state`) and record of a step."""
@@ -70,7 +74,7 @@ class CheckpointStore:
       LmsptError: it is damaged, or was written by another version of the format.
     """
     with _reading(self._folder(step)):
-      record = json.loads(self._checkpointer.load_checkpointables(step, {'record': {'json': str}})['record']['json'])
+      record = self._checkpointer.load_checkpointables(step, {'record': None})['record']
     if record.get('format') != FORMAT:
       raise LmsptError(f'{self._folder(step)}: checkpoint format {record.get("format")!r}, this '
                        f'version reads {FORMAT}; use the lmspt_jax that wrote it')

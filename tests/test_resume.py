@@ -36,7 +36,9 @@ CONFIG = replaced(
 # The command line itself, with the digest of every batch that training draws written down. The one after the last
 # step is drawn too: it is the batch that training would go on with.
 DRIVER = """
-import hashlib, os, sys
+import gc, hashlib, os, sys
+
+gc.disable()  # a third of the time of tracing
 
 from lmspt_jax.cli.main import main
 from lmspt_jax.training import loop
