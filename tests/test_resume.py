@@ -28,8 +28,9 @@ EVERY = 10
 # Everything that carries state or draws at random from step to step is on: moving averages, revival, dropout.
 CONFIG = replaced(
     TINY, train__num_steps=STEPS, train__checkpoint_every=EVERY, data__batch_size=2, data__crop_seconds=0.2,
-    discriminator__fft_sizes=(), loss__mel_bins=(20,), loss__mel_windows=(256,), model__encoder_strides=(320,),
-    model__decoder_rates=(320,), model__resynthesis_rates=(320,), model__acoustic__kind='ema',
+    discriminator__fft_sizes=(), loss__mel_bins=(20,), loss__mel_windows=(256,),
+    model__shared_encoder=True, model__encoder_strides=(320,), model__decoder_rates=(320,),
+    model__resynthesis_rates=(320,), model__acoustic__kind='ema',
     model__semantic__data_init=False, model__acoustic__data_init=False, model__semantic__revive_every=3,
     model__semantic__revive_below=0.5, model__acoustic__revive_every=4, model__acoustic__revive_below=0.5)
 

@@ -30,7 +30,7 @@ from lmspt_jax.training.step import make_train_step
 # Whatever depends on the whole batch is on: usage, perplexity, moving averages, revival (from the first step), dropout.
 CONFIG = replaced(
     TINY, data__batch_size=8, data__crop_seconds=0.2, discriminator__fft_sizes=(), loss__mel_bins=(20,),
-    loss__mel_windows=(256,), model__encoder_strides=(320,), model__decoder_rates=(320,),
+    loss__mel_windows=(256,), model__shared_encoder=True, model__encoder_strides=(320,), model__decoder_rates=(320,),
     model__resynthesis_rates=(320,), model__acoustic__kind='ema',
     model__semantic__revive_every=1, model__semantic__revive_below=0.95,
     model__acoustic__revive_every=1, model__acoustic__revive_below=0.95)

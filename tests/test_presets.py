@@ -1,0 +1,134 @@
+"""Every file in configs/ is a run that could start: it loads, and its whole train step lowers for eight TPU chips.
+
+Nothing is compiled and no weight is allocated: states, teacher and batch are shapes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import gc
+import math
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+from jax.sharding import AbstractMesh, AxisType, NamedSharding
+
+from lmspt_jax.cli.flags import load
+from lmspt_jax.config import DiscriminatorConfig, ExperimentConfig, QuirksConfig, from_dict, to_dict
+from lmspt_jax.models.whisper import WHISPER_SIZES, WhisperDims, WhisperEncoder, abstract_params
+from lmspt_jax.sharding import BATCH, state_shardings
+from lmspt_jax.training.state import Experiment
+from lmspt_jax.training.step import make_train_step
+
+PRESETS = sorted(path.stem for path in (Path(__file__).resolve().parent.parent / 'configs').glob('*.py'))
+FRAME_RATES = {'demo': 25, 'lmspt_12_5hz': 12.5, 'lmspt_12_5hz_causal': 12.5, 'lmspt_12_5hz_fsq': 12.5,
+               'lmspt_25hz': 25, 'lmspt_6_25hz': 6.25}
+SMALL_DISCRIMINATOR = DiscriminatorConfig(periods=(2,), fft_sizes=(512,), band_edges=(0.0, 1.0))
+MESH = AbstractMesh((4, 2), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+
+
+@pytest.fixture(autouse=True)
+def without_garbage_collection():
+  """A trace is a million small objects that all stay: looking for dead ones among them takes a third of the time."""
+  gc.disable()
+  yield
+  gc.enable()
+  gc.collect()
+
+
+@pytest.fixture
+def preset(repo):
+  """(name, argument='') -> config."""
+  return lambda name, argument='': load(str(repo / 'configs' / f'{name}.py') + (f':{argument}' if argument else ''))
+
+
+def teacher_dims(config: ExperimentConfig) -> WhisperDims:
+  """Sizes of the checkpoint that a config names: 'package:tiny.en', 'hf://openai/whisper-large-v3'."""
+  return WHISPER_SIZES[config.teacher.checkpoint.replace(':', '/').rpartition('/')[2].removeprefix('whisper-')]
+
+
+@functools.cache  # the last test wants the shapes of one again
+def experiment_of(config: ExperimentConfig, dims: WhisperDims):
+  """(experiment, abstract state)."""
+  experiment = Experiment(config, dims)
+  return experiment, experiment.abstract_state()
+
+
+def placed(tree, mesh: AbstractMesh):
+  """Shapes, with the shardings that training gives them."""
+  shardings = state_shardings(tree, mesh)
+  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
+
+
+def count(tree) -> int:
+  return sum(math.prod(leaf.shape) for leaf in jax.tree.leaves(tree))
+
+
+def test_every_preset_is_listed_here():
+  assert PRESETS == sorted(FRAME_RATES)
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_frame_rate_and_names(preset, name):
+  config = preset(name)
+  assert config.name == name
+  assert config.model.frame_rate == FRAME_RATES[name]
+  assert config.quirks == QuirksConfig.named('fixed')
+  assert config.crop_samples % config.model.hop == 0
+  assert from_dict(ExperimentConfig, to_dict(config)) == config  # what the workdir holds is the config
+
+
+def test_release_turns_the_quirks_on(preset):
+  fixed, release = preset('lmspt_12_5hz'), preset('lmspt_12_5hz', 'release')
+  assert all(dataclasses.astuple(release.quirks))
+  assert release.teacher.window == 'full' and fixed.teacher.window == 'crop'
+  assert dataclasses.replace(release, quirks=fixed.quirks, teacher=fixed.teacher) == fixed
+
+
+def test_the_demo_takes_other_data(preset):
+  assert preset('demo').data.train == preset('demo').data.held_out == 'package:speech_sample'
+  assert preset('demo', 'folder:a:b').data.train == preset('demo', 'folder:a:b').data.held_out == 'folder:a:b'
+
+
+@pytest.mark.parametrize('name', PRESETS)
+def test_the_whole_step_lowers_for_eight_chips(preset, name):
+  config, release = preset(name), preset('lmspt_12_5hz')
+  dims = teacher_dims(config)
+  # Most of the time goes into tracing what the presets share with the release: there alone it is whole.
+  if config != release and config.teacher == release.teacher:
+    dims = dataclasses.replace(dims, audio_layers=2)
+  if config != release and config.discriminator == release.discriminator:
+    config = dataclasses.replace(config, discriminator=SMALL_DISCRIMINATOR)
+  experiment, state = experiment_of(config, dims)
+  size = config.data.batch_size
+  batch = {'audio': jax.ShapeDtypeStruct((size, config.crop_samples), jnp.float32),
+           'num_samples': jax.ShapeDtypeStruct((size,), jnp.int32)}
+  batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(MESH, BATCH)) for key, x in batch.items()}
+  shardings = state_shardings(state, MESH)
+  step = jax.jit(make_train_step(experiment), donate_argnums=0, out_shardings=(shardings, None))
+  traced = step.trace(placed(state, MESH), placed(abstract_params(WhisperEncoder, dims), MESH), batch)
+
+  after, metrics = traced.out_info
+  same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), after, state)
+  assert jax.tree.all(same)  # the next step takes what this one returns
+  assert {f'loss/{key}' for key in ('generator', 'discriminator', 'mel', 'distillation')} <= metrics.keys()
+  assert all(total.shape == weight.shape == () for total, weight in metrics.values())
+
+  text = traced.lower(lowering_platforms=('tpu',)).as_text()
+  assert '"data"=4, "fsdp"=2' in text and '{"data", "fsdp"}' in text and '{"fsdp"}' in text
+
+  # Split over two, a chip holds about half of the state: what can't be split is small.
+  whole, here = count(state), sum(
+      math.prod(s.shard_shape(x.shape)) for x, s in zip(*map(jax.tree.leaves, (state, shardings)), strict=True))
+  assert whole / 2 <= here < 0.52 * whole
+
+
+def test_12_5hz_is_the_releases_size(preset):
+  config = preset('lmspt_12_5hz')
+  state = experiment_of(config, teacher_dims(config))[1]
+  assert count(state.generator['tokenizer']) == 74_652_220
+  assert round(count(state.discriminator) / 1e6, 2) == 42.52
+  assert count(state.generator['distillation']) == 0
