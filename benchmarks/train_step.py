@@ -24,7 +24,14 @@ import torch
 import whisper as openai_whisper
 from _torch_reference import load_audiotools, load_dac
 
-from lmspt_jax.config import DiscriminatorConfig, ExperimentConfig, ModelConfig, QuantizerConfig, TeacherConfig
+from lmspt_jax.config import (
+  DiscriminatorConfig,
+  ExperimentConfig,
+  ModelConfig,
+  OptimizerConfig,
+  QuantizerConfig,
+  TeacherConfig,
+)
 from lmspt_jax.convert.dac import discriminator_params_from_torch
 from lmspt_jax.convert.release import tokenizer_params_from_release
 from lmspt_jax.convert.whisper import load_whisper
@@ -92,7 +99,10 @@ def main() -> None:
                       help='of our teacher; the reference is full')
   args = parser.parse_args()
   model = dataclasses.replace(ModelConfig(), acoustic=QuantizerConfig(num_codebooks=7, codebook_size=4096))
-  config = ExperimentConfig(model=model, teacher=TeacherConfig(window=args.window))
+  constant = OptimizerConfig(learning_rate=2e-4, final_learning_rate=2e-4, warmup_steps=0)
+  config = ExperimentConfig(
+      model=model, teacher=TeacherConfig(window=args.window), generator_optimizer=constant,
+      discriminator_optimizer=constant)
   samples = model.num_frames(round(args.seconds * model.sample_rate)) * model.hop
   audio = speech(2, samples / model.sample_rate, model.sample_rate)
   audio_16k = speech(2, samples / model.sample_rate, 16_000)

@@ -110,7 +110,8 @@ def train(config: ExperimentConfig, workdir: str | Path) -> None:
         position = {'seed': config.train.seed, 'next_batch': step}
         _save(store, step, state, {**record, 'data': position}, wait=stop.requested or step == last)
       if stop.requested and step < last:
-        raise Interrupted(f'stopped at step {step}, saved in {workdir}; run the same command again to go on')
+        saved = f'saved in {workdir}' if step else 'before there was anything to save'
+        raise Interrupted(f'stopped at step {step}, {saved}; run the same command again to go on')
       if step == last:
         break
       batch = next(batches)
