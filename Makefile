@@ -5,6 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 WORKERS ?= 2
 PYTEST_ARGS ?=
+# Large arrays on huge pages (glibc 2.35 or newer; others ignore it): a training step on CPU touches gigabytes of fresh
+# memory, and mapping it in small pages takes a quarter of the time (docs/results/benchmarks.md).
+export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
 .PHONY: help demo test test-parity lint bench clean
 .DEFAULT_GOAL := help

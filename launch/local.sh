@@ -29,9 +29,10 @@ fi
 # The checkout's own environment if `make` has built it, else what is on the PATH.
 python="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)/.venv/bin/python"
 [[ -x $python ]] || python=python3
-settings=()
+# Large arrays on huge pages: a step on CPU takes a quarter less time (docs/results/benchmarks.md).
+settings=("GLIBC_TUNABLES=${GLIBC_TUNABLES:-glibc.malloc.hugetlb=1}")
 if [[ -n $cpu_devices ]]; then
-  settings=("JAX_PLATFORMS=cpu" "JAX_NUM_CPU_DEVICES=$cpu_devices")
+  settings+=("JAX_PLATFORMS=cpu" "JAX_NUM_CPU_DEVICES=$cpu_devices")
 fi
 command=(env "${settings[@]}" "$python" -m lmspt_jax train "${arguments[@]}")
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import shlex
 import sys
 import time
@@ -46,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
   _verb('train', f'--config={CONFIG}:arrayrecord:{data}', f'--workdir={workdir}')
   source = open_source(SAMPLE, 'valid')
   names = [source[i].id for i in range(min(args.utterances, len(source)))]
-  originals = [ASSETS / 'speech_sample' / 'audio' / f'{name}.flac' for name in names]
+  recordings = Path(os.path.relpath(ASSETS / 'speech_sample' / 'audio'))
+  originals = [recordings / f'{name}.flac' for name in names]
   _verb('encode', f'--model={workdir}', f'--out={codes}', *map(str, originals))
   for path in PATHS:
     _verb('decode', f'--model={workdir}', f'--out={out / "audio" / path}', f'--path={path}',
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> int:
   met = _report(workdir)
   print(f'\n{(time.monotonic() - started) / 60:.1f} minutes, without the installation. Where things are:')
   for label, where in (
-      ('originals', ASSETS / 'speech_sample' / 'audio'), ('codes', codes), ('decoded speech', out / 'audio'),
+      ('originals', recordings), ('codes', codes), ('decoded speech', out / 'audio'),
       ('spectrograms', picture), ('run', workdir), ('curves', f'tensorboard --logdir {workdir / "tensorboard"}')):
     print(f'  {label:<15} {where}')
   return 0 if met else 1
