@@ -8,7 +8,6 @@ module takes dataclasses. Defaults are the authors' release `12d5hz_v1` (arXiv 2
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import types
@@ -343,8 +342,3 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
     wanted = hint.__name__ if not isinstance(hint, types.UnionType) else str(hint)
     raise LmsptError(f'config field {name} = {value!r}: must be {wanted}')
   return value
-
-
-def fingerprint(config: Any) -> str:
-  """Short hash of a config dataclass: equal values, equal text."""
-  return hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode()).hexdigest()[:16]

@@ -15,7 +15,7 @@ ROOMS = (
     ('training',),
     ('evaluation', 'export', 'planning', 'slm', 'inference'),
     ('cli',),
-  ('demo', '__main__', '__init__'),  # __init__ is the package's front door: it looks up Tokenizer on demand
+    ('demo', '__main__', '__init__'),  # __init__ is the package's front door: it looks up Tokenizer on demand
 )
 ROW = {room: row for row, rooms in enumerate(ROOMS) for room in rooms}
 FIRST_ROW = set(ROOMS[0])  # the only row whose rooms may import each other

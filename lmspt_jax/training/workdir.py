@@ -58,11 +58,6 @@ def open_workdir(config: ExperimentConfig, workdir: Path) -> None:
     file.write(f'{time.strftime("%Y-%m-%dT%H:%M:%S%z")} {shlex.join(sys.argv)}\n')
 
 
-def read_config(workdir: Path) -> dict[str, Any]:
-  """The resolved config of a run."""
-  return json.loads((workdir / CONFIG).read_text())
-
-
 def _write(path: Path, text: str) -> None:
   temporary = path.with_name(path.name + '.tmp')
   temporary.write_text(text + '\n')
