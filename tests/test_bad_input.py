@@ -190,6 +190,21 @@ def test_a_run_without_a_checkpoint_binds_no_config(train, refused, idle, tmp_pa
   assert train('train.num_steps=1')[0] == 0
 
 
+def test_data_may_move_but_not_change(train, refused, idle, finished, speech_folder, tmp_path):
+  shutil.copytree(finished, tmp_path / 'run')
+  shutil.copytree(speech_folder, tmp_path / 'speech')
+  moved = f'data.train=folder:{tmp_path / "speech"}'
+  manifest = tmp_path / 'speech' / 'manifest.jsonl'
+  whole = manifest.read_text()
+  rows = whole.splitlines(keepends=True)
+  manifest.write_text(''.join(rows[:-8]))
+  refused([moved, 'train.keep_checkpoints=9'], 'data.train: holds other utterances', 'than when step 4 was saved',
+          'put back what was there, or use another --workdir')
+  manifest.write_text(whole)
+  assert train(moved, 'train.keep_checkpoints=9')[0] == 0
+  refused([moved, 'data.train.0.split='], 'another config', "data.train.0.split: 'train' there")
+
+
 def test_damaged_config_of_a_run(refused, finished, tmp_path):
   shutil.copytree(finished, tmp_path / 'run')
   (tmp_path / 'run' / 'config.json').write_text('{"name":')
@@ -226,11 +241,11 @@ def test_damaged_checkpoint(stopped, train, idle, finished, tmp_path, part):
 
 
 @pytest.mark.parametrize('overrides, words', [
-    (['data.train='], ["config field data.train = ''", 'give KIND:PATH']),
-    (['data.train=speech'], ["'speech'", 'write KIND:PATH']),
+    (['data.train='], ["config field data.train = ''", 'give KIND:URI']),
+    (['data.train=speech'], ["'speech'", 'write KIND:URI']),
     (['data.train=floder:speech'], ["unknown kind 'floder'", "did you mean 'folder'"]),
     (['data.train=folder:absent'], ["no folder 'absent'", 'check the path']),
-    (['data.train_split=dev'], ["no utterances in split 'dev'", 'it has train (54), valid (10)']),
+    (['data.train.0.split=dev'], ["no utterances in split 'dev'", 'it has train (54), valid (10)']),
     (['data.held_out=folder:absent'], ["no folder 'absent'", 'check the path']),
 ])
 def test_no_such_data(refused, overrides, words):
@@ -264,7 +279,8 @@ def test_a_shard_cut_short_and_filled_up(stopped, idle, shards, tmp_path, worker
   whole = path.stat().st_size
   os.truncate(path, whole // 2)
   os.truncate(path, whole)
-  stopped([override, 'data.max_fault_rate=1', f'data.num_workers={workers}'], path, 'copy it again or rerun')
+  stopped([override, 'train.num_steps=20', f'data.num_workers={workers}'], f'{path.name}: ', 'corrupt record',
+          'more than data.max_fault_rate')
 
 
 def test_a_damaged_record_is_skipped_and_counted(train, idle, shards, tmp_path, caplog):
@@ -276,7 +292,7 @@ def test_a_damaged_record_is_skipped_and_counted(train, idle, shards, tmp_path, 
                          'train.num_steps=14')  # 56 examples of 54 records
   assert status == 0, err
   (fault,) = [json.loads(line) for line in (tmp_path / 'run' / 'faults.jsonl').read_text().splitlines()]
-  assert fault['name'].startswith(f'{path.name}:') and fault['reason'] == 'corrupt record' and fault['times'] >= 1
+  assert fault['name'].startswith(f'{path.name}:') and fault['reason'] == 'corrupt record' and fault['examples']
   assert f'{fault["name"]} can\'t be used' in caplog.text
   assert steps_logged(tmp_path / 'run') == list(range(1, 15))
 
@@ -298,22 +314,22 @@ def spoilt(speech_folder, tmp_path) -> Path:
 
 
 REASONS = {'text.wav': 'undecodable', 'nothing.wav': 'empty', 'empty.wav': 'empty', 'nan.wav': 'non-finite',
-           'cut.flac': 'undecodable'}
+           'cut.flac': 'truncated'}
 
 
 def test_recordings_that_cannot_be_used_are_skipped_and_counted(train, idle, spoilt, tmp_path):
   epochs = 2 * 21
-  status, _, err = train(f'data.train=folder:{spoilt}', 'data.train_split=', 'data.max_fault_rate=0.5',
+  status, _, err = train(f'data.train=folder:{spoilt}', 'data.train.0.split=', 'data.max_fault_rate=0.5',
                       f'train.num_steps={epochs // 2}', 'data.batch_size=2', 'train.checkpoint_every=100')
   assert status == 0, err
   faults = [json.loads(line) for line in (tmp_path / 'run' / 'faults.jsonl').read_text().splitlines()]
   assert {fault['name']: fault['reason'] for fault in faults} == REASONS
-  assert sum(fault['times'] for fault in faults) >= 2 * len(REASONS)  # each epoch meets each
+  assert sum(len(fault['examples']) for fault in faults) >= 2 * len(REASONS)  # each epoch meets each
   assert steps_logged(tmp_path / 'run') == list(range(1, epochs // 2 + 1))
 
 
 def test_training_stops_past_the_fault_rate(stopped, idle, spoilt, tmp_path):
-  last = stopped([f'data.train=folder:{spoilt}', 'data.train_split=', 'data.max_fault_rate=0.02',
+  last = stopped([f'data.train=folder:{spoilt}', 'data.train.0.split=', 'data.max_fault_rate=0.02',
                   'train.num_steps=40', 'train.checkpoint_every=1'],
                  f'folder:{spoilt}', 'more than data.max_fault_rate = 0.02', 'mend them or raise the rate')
   named = [name for name in REASONS if f'{name} ({REASONS[name]})' in last]

@@ -98,16 +98,25 @@ def _override(values: dict[str, Any], name: str, text: str) -> None:
   """Sets the field with the dotted `name` to what `text` says, in the type it has now."""
   node, parts = values, name.split('.')
   for part in parts[:-1]:
-    node = node.get(part) if isinstance(node, dict) else None
+    node = _child(node, part)
   if not isinstance(node, dict) or parts[-1] not in node:
     raise LmsptError(f'unknown config field {name}: {nearest(name, _alternatives(values, name))}')
   old = node[parts[-1]]
   if name == 'quirks':
     node['quirks'] = dataclasses.asdict(config_lib.QuirksConfig.named(text))
+  elif name == 'data.train':
+    node['train'] = tuple(map(dataclasses.asdict, config_lib.DataConfig(train=text).train))
   elif isinstance(old, dict):
     raise LmsptError(f'config field {name} = {text!r}: set its fields, e.g. --config.{name}.{next(iter(old))}=...')
   else:
     node[parts[-1]] = _parse(old, text, name)
+
+
+def _child(node: Any, part: str) -> Any:
+  """The field of a section, or the section of a tuple of them (data.train.0); None where there is none."""
+  if isinstance(node, tuple) and part.isdecimal() and int(part) < len(node):
+    return node[int(part)]
+  return node.get(part) if isinstance(node, dict) else None
 
 
 def _alternatives(values: dict[str, Any], name: str) -> list[str]:
@@ -122,8 +131,11 @@ def _names(values: dict[str, Any], prefix: str = '') -> Iterator[str]:
   for key, value in values.items():
     if isinstance(value, dict):
       yield from _names(value, f'{prefix}{key}.')
-    else:
-      yield f'{prefix}{key}'
+      continue
+    yield f'{prefix}{key}'
+    for number, element in enumerate(value if isinstance(value, tuple) else ()):
+      if isinstance(element, dict):
+        yield from _names(element, f'{prefix}{key}.{number}.')
 
 
 def _parse(old: Any, text: str, name: str) -> Any:

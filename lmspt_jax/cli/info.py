@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import argparse
 import platform
+from collections.abc import Sequence
 from importlib import metadata
 
+from lmspt_jax.config import CorpusConfig
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.version import __version__
 
@@ -65,20 +67,16 @@ def _model(model: str) -> list[tuple[str, str]]:
   return rows
 
 
-def _licence(uri: str) -> str:
-  """Trained weights carry the licence of the data they were trained on."""
-  from lmspt_jax.data.dataset_info import load_info
+def _licence(corpora: Sequence[CorpusConfig]) -> str:
+  """Trained weights carry the licences of the data they were trained on."""
   from lmspt_jax.data.sources import open_source
 
-  if not uri:
+  if not corpora:
     return 'not known: the run names no training data'
-  kind, _, path = uri.partition(':')
-  try:
-    if kind == 'arrayrecord':
-      licenses = set(load_info(path).licenses)
-    else:
-      source = open_source(uri)
-      licenses = {source[i].license for i in range(len(source))}
-  except LmsptError:
-    return f'that of the training data, {uri} (not on this machine)'
+  licenses = set()
+  for corpus in corpora:
+    try:
+      licenses |= set(open_source(corpus.uri, corpus.split).index.counts('license'))
+    except LmsptError:
+      return f'that of the training data, {corpus.uri} (not on this machine)'
   return f'that of the training data: {", ".join(sorted(licenses - {""})) or "not named there"}'

@@ -9,6 +9,8 @@ from __future__ import annotations
 import io
 import math
 import os
+import stat
+from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -16,67 +18,123 @@ import numpy as np
 import soundfile
 import soxr
 
+from lmspt_jax.data import containers
+from lmspt_jax.data.audio_file import AudioFile, Pcm, PcmFile, Stored
 from lmspt_jax.errors import LmsptError
 
 AUDIO_SUFFIXES = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aiff', '.aif')
-SEEKABLE_FORMATS = ('FLAC', 'WAV', 'WAVEX', 'RF64', 'W64', 'AIFF')  # exact seeks; the others are decoded from the start
 MAX_FRAMES = 1 << 30  # per channel: 6 hours at 48 kHz
 MAX_CHANNELS = 64
 MIN_RATE, MAX_RATE = 1_000, 768_000  # Hz
 SILENCE = 1e-4  # a peak below -80 dBFS
-_MARGIN = 1024  # source samples either side of a resampled crop, per unit of the down-sampling ratio
+_MARGIN = 128  # source samples either side of a resampled crop, per unit of the down-sampling ratio; 96 would do
+_BLOCK = 1 << 22  # samples decoded at a time
+_UNKNOWN = 1 << 62  # libsndfile's number of frames where a FLAC's header gives none
+
+
+# Why audio can't be used; the number in this list travels in batches.
+REASONS = ('missing', 'undecodable', 'truncated', 'empty', 'non-finite', 'silent', 'too large', 'bad rate',
+           'corrupt record', 'unreachable')
 
 
 class AudioError(LmsptError):
-  """Audio that can't be used. `reason` is one of: missing, undecodable, truncated, empty, non-finite, silent,
-  too large, bad rate, corrupt record."""
+  """Audio that can't be used; `reason` is one of REASONS."""
 
   def __init__(self, message: str, reason: str = 'undecodable'):
     super().__init__(message)
     self.reason = reason
 
 
-def open_audio(source: str | os.PathLike | bytes | BinaryIO, *, name: str) -> soundfile.SoundFile:
-  """Opens a path, encoded bytes or a binary file and checks the header. `name` is what errors call it.
+def open_audio(source: str | os.PathLike | bytes | BinaryIO | Pcm | Stored, *, name: str) -> AudioFile | PcmFile:
+  """Opens a path, encoded bytes, a binary file or what a store keeps, and checks the header.
 
-  Raises AudioError: missing, undecodable, empty, too large, bad rate. Close the result (it is a context manager).
+  A file that states its length and is shorter is 'truncated', mp3 and FLAC only when the part that is not there is
+  read. Formats that don't state it (ogg, mp3 without a tag, WAV and FLAC written to a pipe) are as long as they are.
+
+  Args:
+    name: what errors call it.
+
+  Raises AudioError: missing, undecodable, truncated, empty, too large, bad rate, and what the store raises. Close the
+  result (it is a context manager).
   """
+  if isinstance(source, Pcm):
+    return _checked(PcmFile(source), name)
+  place, owned = _place(source, name)
+  opened = None
+  try:
+    opened = _checked(_open_file(place, owned, name), name)
+    return opened
+  except (soundfile.SoundFileError, OSError) as error:
+    raise getattr(place, 'fault', None) or AudioError(
+      f'{name}: not audio that can be read ({_cause(error)}); use wav, flac, ogg or mp3') from error
+  finally:
+    if owned and opened is None:
+      place.close()
+
+
+def _place(source: str | os.PathLike | bytes | BinaryIO | Stored, name: str) -> tuple[str | BinaryIO, bool]:
+  """A path or a file, and whether we opened it."""
   if isinstance(source, bytes):
     if not source:
       raise AudioError(f'{name}: the file is empty; give it audio or remove it', 'empty')
-    source = io.BytesIO(source)
-  elif isinstance(source, str | os.PathLike):
+    return io.BytesIO(source), True
+  if isinstance(source, str | os.PathLike):
     path = Path(source)
-    if path.is_dir():
-      raise AudioError(f'{name}: is a directory, not an audio file; give the files in it')
-    if not path.exists():
-      raise AudioError(f'{name}: no such file; check the path', 'missing')
-    if not path.is_file():
-      raise AudioError(f'{name}: not a regular file; give a wav, flac, ogg or mp3 file')
     try:
-      if path.stat().st_size == 0:
-        raise AudioError(f'{name}: the file is empty; give it audio or remove it', 'empty')
-      if path.suffix.lower() == '.raw':  # soundfile reads these as headerless and asks for a rate
-        source = io.BytesIO(path.read_bytes())
-      else:
-        source = str(path)
+      status = path.stat()
     except OSError as error:
+      if isinstance(error, FileNotFoundError | NotADirectoryError):
+        raise AudioError(f'{name}: no such file; check the path', 'missing') from error
       raise AudioError(f'{name}: can\'t be read ({error.strerror}); check its permissions') from error
-  try:
-    file = soundfile.SoundFile(source)
-  except (soundfile.SoundFileError, OSError) as error:
-    raise AudioError(f'{name}: not audio that can be read ({_cause(error)}); use wav, flac, ogg or mp3') from error
-  try:
-    if not MIN_RATE <= file.samplerate <= MAX_RATE:
-      raise AudioError(f'{name}: sample rate {file.samplerate} Hz; must be {MIN_RATE} to {MAX_RATE} Hz', 'bad rate')
-    if file.frames > MAX_FRAMES or file.channels > MAX_CHANNELS:
-      raise AudioError(f'{name}: {file.frames} samples in {file.channels} channels; at most {MAX_FRAMES} in '
+    if stat.S_ISDIR(status.st_mode):
+      raise AudioError(f'{name}: is a directory, not an audio file; give the files in it')
+    if not stat.S_ISREG(status.st_mode):
+      raise AudioError(f'{name}: not a regular file; give a wav, flac, ogg or mp3 file')
+    if not status.st_size:
+      raise AudioError(f'{name}: the file is empty; give it audio or remove it', 'empty')
+    return str(path), False
+  if isinstance(source, Stored):
+    return source.open(name=name), True
+  return source, False
+
+
+def _open_file(place: str | BinaryIO, owned: bool, name: str) -> AudioFile:
+  if isinstance(place, str):
+    with open(place, 'rb') as file:
+      container = containers.inspect(file)
+    if place.lower().endswith('.raw'):  # soundfile takes these as headerless and asks for a rate
+      place, owned = io.BytesIO(Path(place).read_bytes()), True
+  else:
+    container = containers.inspect(place)
+  if container.missing:
+    raise AudioError(f'{name}: cut short, its last {container.missing} bytes are not there; fetch it again',
+                     'truncated')
+  if container.broken:
+    raise AudioError(f'{name}: damaged audio (its mp3 frames do not follow on one another); replace the file')
+  if container.content is not None:
+    if owned:
+      place.close()
+    place, owned = io.BytesIO(container.content), True
+  file = AudioFile(place, close_source=owned)
+  if file.frames > _UNKNOWN:
+    file.count(MAX_FRAMES)
+  return file
+
+
+def _checked(file: AudioFile | PcmFile, name: str) -> AudioFile | PcmFile:
+  error = file.source_fault()
+  if error:
+    pass
+  elif not MIN_RATE <= file.samplerate <= MAX_RATE:
+    error = AudioError(f'{name}: sample rate {file.samplerate} Hz; must be {MIN_RATE} to {MAX_RATE} Hz', 'bad rate')
+  elif file.frames > MAX_FRAMES or file.channels > MAX_CHANNELS:
+    error = AudioError(f'{name}: {file.frames} samples in {file.channels} channels; at most {MAX_FRAMES} in '
                        f'{MAX_CHANNELS} are read, so cut it up', 'too large')
-    if file.frames == 0:
-      raise AudioError(f'{name}: holds no samples; remove it', 'empty')
-  except AudioError:
+  elif file.frames == 0 or file.channels == 0:
+    error = AudioError(f'{name}: holds no samples; remove it', 'empty')
+  if error:
     file.close()
-    raise
+    raise error
   return file
 
 
@@ -85,31 +143,54 @@ def _cause(error: Exception) -> str:
   return ' '.join(text.split()).rstrip('.')
 
 
-def read_range(file: soundfile.SoundFile, start: int, stop: int, *, name: str) -> np.ndarray:
-  """Samples [start, stop) of every channel, float32 [N, channels]; the whole file when the format can't seek.
+def read_blocks(file: AudioFile | PcmFile, start: int, stop: int, *, name: str) -> Iterator[np.ndarray]:
+  """Samples [start, min(stop, frames)) of every channel, float32 [n, channels] at a time.
 
   Raises AudioError: undecodable, truncated (fewer samples than the header promises), empty, non-finite.
   """
-  try:
-    if file.format in SEEKABLE_FORMATS:
-      stop = min(stop, file.frames)
-      file.seek(start)
-      audio = file.read(stop - start, dtype='float32', always_2d=True)
-      if len(audio) < stop - start:
-        raise AudioError(f'{name}: cut short, {start + len(audio)} of {file.frames} samples; fetch it again',
-                         'truncated')
-    else:
-      audio = file.read(MAX_FRAMES, dtype='float32', always_2d=True)[start:stop]
-  except (soundfile.SoundFileError, OSError) as error:
-    raise AudioError(f'{name}: damaged audio ({_cause(error)}); replace the file') from error
-  if not len(audio):
+  stop = min(stop, file.frames)
+  if stop <= start:
     raise AudioError(f'{name}: holds no samples; remove it', 'empty')
-  if not np.isfinite(audio).all():
-    raise AudioError(f'{name}: holds NaN or infinite samples; replace the file', 'non-finite')
-  return audio
+  try:
+    file.seek(start)
+    while start < stop:
+      block = file.read(min(stop - start, max(1, _BLOCK // file.channels)), dtype='float32', always_2d=True)
+      if not len(block):
+        raise _damage(file, f'cut short, {start} of {file.frames} samples; fetch it again', 'truncated', name)
+      if not np.isfinite(block).all():
+        raise AudioError(f'{name}: holds NaN or infinite samples; replace the file', 'non-finite')
+      start += len(block)
+      yield block
+  except (soundfile.SoundFileError, OSError) as error:
+    if file.has_end():
+      raise _damage(file, f'damaged audio ({_cause(error)}); replace the file', 'undecodable', name) from error
+    raise _damage(file, f'cut short, it ends before the {file.frames} samples it promises; fetch it again',
+                  'truncated', name) from error
 
 
-def read_audio(source: str | os.PathLike | bytes | BinaryIO, *, name: str) -> tuple[np.ndarray, int]:
+def _damage(file: AudioFile, message: str, reason: str, name: str) -> AudioError:
+  """What the store said, if reading ended because of that."""
+  return file.source_fault() or AudioError(f'{name}: {message}', reason)
+
+
+def read_range(file: AudioFile | PcmFile, start: int, stop: int, *, name: str) -> np.ndarray:
+  """All that `read_blocks` gives and raises, float32 [N, channels]."""
+  blocks = list(read_blocks(file, start, stop, name=name))
+  return blocks[0] if len(blocks) == 1 else np.concatenate(blocks)
+
+
+def check_sound(crop: np.ndarray, total: int, *, name: str) -> None:
+  """Raises AudioError 'silent' if the crop is silent and is all there is; a pause in a longer recording is no fault.
+
+  Args:
+    crop: mono.
+    total: samples of the whole recording at the crop's rate.
+  """
+  if len(crop) >= total and np.abs(crop).max() < SILENCE:
+    raise AudioError(f'{name}: silent (peak below {SILENCE}); remove it', 'silent')
+
+
+def read_audio(source: str | os.PathLike | bytes | BinaryIO | Pcm | Stored, *, name: str) -> tuple[np.ndarray, int]:
   """Decodes everything: (float32 [N, channels], sample rate in Hz). Raises AudioError, see `open_audio`."""
   with open_audio(source, name=name) as file:
     return read_range(file, 0, MAX_FRAMES, name=name), file.samplerate
@@ -144,7 +225,7 @@ def to_mono_at(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
   return np.pad(out, (0, length - len(out))) if len(out) < length else np.ascontiguousarray(out)
 
 
-def crop_mono(file: soundfile.SoundFile, start: int, num_samples: int, sample_rate: int, *, name: str) -> np.ndarray:
+def crop_mono(file: AudioFile | PcmFile, start: int, num_samples: int, sample_rate: int, *, name: str) -> np.ndarray:
   """Samples [start, start + num_samples) of the file as mono at `sample_rate`, decoding little more than them.
 
   Equal to the same range of the whole file through `to_mono_at`, to 1e-6: the source range begins on a sample

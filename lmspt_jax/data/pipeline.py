@@ -1,16 +1,16 @@
 """Training batches whose content is a pure function of (seed, global example index).
 
-Example i of a run is record `order[i]` (every epoch shuffled anew) cut at a place drawn from (seed, i). Batch b
-holds examples [b * batch_size, (b + 1) * batch_size), and process p of P holds rows
-[p * batch_size / P, (p + 1) * batch_size / P) of it: concatenated in process order, the batch is the same for any
-number of processes and of workers. A run resumes on any mesh by asking for `start_batch`; no iterator state exists.
+Example i of a run is record `order[i]` of the mixture (every epoch of every group shuffled anew, the groups interleaved
+by their weights), cut at a place and augmented by draws from (seed, i). Batch b holds examples
+[b * batch_size, (b + 1) * batch_size), and process p of P holds rows [p * batch_size / P, (p + 1) * batch_size / P) of
+it: concatenated in process order, the batch is the same for any number of processes and of workers. A run resumes on
+any mesh by asking for `start_batch`; no iterator state exists.
 
 Grain is imported where it is used: it loads jax when jax is installed, and this module must not.
 """
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import os
 import threading
@@ -21,52 +21,51 @@ from typing import Any
 import numpy as np
 
 from lmspt_jax.config import DataConfig
-from lmspt_jax.data.audio_io import AudioError, crop_mono, resampled_length
-from lmspt_jax.data.sources import Source, open_source
+from lmspt_jax.data.audio_io import REASONS, AudioError, check_sound, crop_mono, resampled_length
+from lmspt_jax.data.draws import Draws, draw
+from lmspt_jax.data.mixture import Group, Mixture
+from lmspt_jax.data.sources import open_source
+from lmspt_jax.data.transforms import Transform, from_config
 from lmspt_jax.errors import LmsptError
 
-MAX_FAULTS = 8  # records tried for one example before the run stops
-FAULT_GRACE = 3  # examples that may fail before the rate is looked at
+MAX_FAULTS = 32  # records tried for one example before the run stops
 _MAX_EXAMPLES = 1 << 48
 _log = logging.getLogger(__name__)
-
-
-def _draw(*values: Any) -> int:
-  """64 bits from `values`, the same on every machine and for every version of NumPy."""
-  return int.from_bytes(hashlib.blake2b(repr(values).encode(), digest_size=8).digest(), 'little')
 
 
 class _CropExample:
   """Makes example i, given the order of records; picklable, as it travels to the workers."""
 
-  def __init__(self, source: Source, order: Any, *, sample_rate: int, crop_samples: int, seed: int):
-    self.source, self.order = source, order
+  def __init__(self, mixture: Mixture, order: Any, augment: Transform | None, *, sample_rate: int, crop_samples: int,
+               seed: int):
+    self.mixture, self.order, self.augment = mixture, order, augment
     self.sample_rate, self.crop_samples, self.seed = sample_rate, crop_samples, seed
 
   def __call__(self, index: int, record: int) -> dict[str, np.ndarray]:
-    faults = np.full(MAX_FAULTS, -1, np.int64)
+    faults, reasons = np.full(MAX_FAULTS, -1, np.int64), np.full(MAX_FAULTS, -1, np.int8)
     for attempt in range(MAX_FAULTS):
       record = int(record if attempt == 0 else self.order[index + attempt])
       try:
         crop = self._crop(record, index)
       except AudioError as error:
-        faults[attempt] = record
+        faults[attempt], reasons[attempt] = record, REASONS.index(error.reason)
         last = error
         continue
       audio = np.zeros(self.crop_samples, np.float32)
       audio[:len(crop)] = crop
-      return {'audio': audio, 'num_samples': np.int32(len(crop)), 'index': np.int64(index), 'fault_record': faults}
-    raise LmsptError(f'data {self.source.uri!r}: {MAX_FAULTS} records in a row can\'t be used, the last one: {last}')
+      return {'audio': audio, 'num_samples': np.int32(len(crop)), 'index': np.int64(index),
+              'record': np.int64(record), 'fault_record': faults, 'fault_reason': reasons}
+    uri = self.mixture.locate(record)[0].uri
+    raise LmsptError(f'data {uri!r}: {MAX_FAULTS} records in a row can\'t be used, the last one: {last}')
 
   def _crop(self, record: int, index: int) -> np.ndarray:
-    utterance = self.source[record]
+    utterance = self.mixture[record]
     with utterance.open() as file:
       room = resampled_length(file.frames, file.samplerate, self.sample_rate) - self.crop_samples
-      start = _draw('crop', self.seed, index) % (room + 1) if room > 0 else 0
+      start = draw('crop', self.seed, index) % (room + 1) if room > 0 else 0
       crop = crop_mono(file, start, self.crop_samples, self.sample_rate, name=utterance.name)
-    if not len(crop):
-      raise AudioError(f'{utterance.name}: cut short; fetch it again', 'truncated')
-    return crop
+      check_sound(crop, room + self.crop_samples, name=utterance.name)
+    return self.augment(crop, self.sample_rate, Draws(self.seed, index)) if self.augment else crop
 
 
 def _close(holder: list[Any]) -> None:
@@ -103,7 +102,7 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
 
 def training_batches(config: DataConfig, *, sample_rate: int, crop_samples: int, seed: int, start_batch: int = 0,
-                     process_index: int = 0, process_count: int = 1) -> Batches:
+                     process_index: int = 0, process_count: int = 1, mixture: Mixture | None = None) -> Batches:
   """Endless random crops of `config.train`, this process's rows of each batch.
 
   Args:
@@ -113,14 +112,17 @@ def training_batches(config: DataConfig, *, sample_rate: int, crop_samples: int,
     seed: with the position, decides everything.
     start_batch: global number of the first batch, e.g. the step a run resumes at.
     process_index, process_count: this host and how many there are.
+    mixture: that of `config`, if it is open already.
 
   Returns:
     Batches of dictionaries, local = batch_size / process_count:
       audio float32 [local, crop_samples], zeros right of a record shorter than the crop;
       num_samples int32 [local], the samples that are not that padding;
       index int64 [local], global example numbers;
-      fault_record int64 [local, MAX_FAULTS], records that could not be used for this row, in the order tried, then
-      -1: the row holds a crop of the first usable successor in the same order. Feed it to `FaultCounter`.
+      record int64 [local], numbers in the mixture;
+      fault_record int64 and fault_reason int8 [local, MAX_FAULTS], records that could not be used for this row, in
+      the order tried, and why (place in audio_io.REASONS), then -1: the row holds a crop of the first usable successor
+      in the same order. Feed them to `FaultLog`.
 
   Raises:
     LmsptError: a batch that does not divide, no data; later, MAX_FAULTS unusable records in a row.
@@ -133,14 +135,16 @@ def training_batches(config: DataConfig, *, sample_rate: int, crop_samples: int,
   if crop_samples < 1 or sample_rate < 1 or start_batch < 0:
     raise LmsptError(f'crop_samples = {crop_samples}, sample_rate = {sample_rate}, start_batch = {start_batch}: '
                      'must be positive, positive, and 0 or more')
-  source = open_source(config.train, config.train_split)
+  mixture = mixture or Mixture(config)
+  mixture.share()
   import grain
   from absl import flags
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain's workers read flags of its own, which stay at their defaults
-  order = grain.MapDataset.range(len(source)).shuffle(seed=_draw('order', seed) % 2**32)
-  order = order.repeat(_MAX_EXAMPLES // len(source))
-  crop = _CropExample(source, order, sample_rate=sample_rate, crop_samples=crop_samples, seed=seed)
+  orders = [_shuffled(group, draw('order', seed, number)) for number, group in enumerate(mixture.groups)]
+  order = grain.MapDataset.mix(orders, [group.weight for group in mixture.groups]) if len(orders) > 1 else orders[0]
+  crop = _CropExample(mixture, order, from_config(config.augment), sample_rate=sample_rate, crop_samples=crop_samples,
+                      seed=seed)
   # Local batch m is examples [m * local, (m + 1) * local), so host p takes m = p, p + P, ...; nothing else is decoded.
   batches = order.map_with_index(crop).batch(config.batch_size // process_count)
   batches = batches[start_batch * process_count + process_index::process_count]
@@ -152,6 +156,13 @@ def training_batches(config: DataConfig, *, sample_rate: int, crop_samples: int,
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
                                   worker_init_fn=_start_worker)
   return Batches(iter(dataset))
+
+
+def _shuffled(group: Group, seed: int) -> Any:
+  """The records of a group, each once an epoch, without end."""
+  import grain
+  order = grain.MapDataset.range(len(group)).shuffle(seed=seed % 2**32)
+  return order.repeat(_MAX_EXAMPLES // len(group)).map(group.record)
 
 
 def _start_worker(worker: int, workers: int) -> None:
@@ -166,48 +177,6 @@ def _start_worker(worker: int, workers: int) -> None:
     os._exit(1)
 
   threading.Thread(target=watch, name=f'watch-parent-{worker}-of-{workers}', daemon=True).start()
-
-
-class FaultCounter:
-  """Counts the records that a run had to replace, and stops it when they are too many.
-
-  The rate is examples whose own record failed over examples seen. It stops the run once it is past `max_rate` and
-  more than FAULT_GRACE examples failed, so that one bad record among the first ten is no verdict; with `max_rate`
-  0 the first fault stops it. It sees this process's rows only: where several hosts train, all must stop together.
-  """
-
-  def __init__(self, max_rate: float, source: Source):
-    self._max_rate, self._source = max_rate, source
-    self._seen = self._failed = 0
-    self._records: dict[int, int] = {}  # record -> times met
-
-  def update(self, batch: dict[str, np.ndarray]) -> None:
-    """Takes `fault_record` of a batch. Raises LmsptError naming records when the rate is passed."""
-    faults = batch['fault_record']
-    self._seen += len(faults)
-    self._failed += int((faults[:, 0] >= 0).sum())
-    for record in faults[faults >= 0].tolist():
-      if record not in self._records:
-        _log.warning('data: %s can\'t be used, took its successor', self._source.name(record))
-      self._records[record] = self._records.get(record, 0) + 1
-    if self._failed > (FAULT_GRACE if self._max_rate > 0 else 0) and self._failed > self._max_rate * self._seen:
-      named = '; '.join(f'{entry["name"]} ({entry["reason"]})' for entry in self.report(limit=4))
-      more = f' and {len(self._records) - 4} more' if len(self._records) > 4 else ''
-      raise LmsptError(f'data {self._source.uri!r}: {self._failed} of {self._seen} examples could not be used, more '
-                       f'than data.max_fault_rate = {self._max_rate}: {named}{more}; mend them or raise the rate')
-
-  def report(self, limit: int | None = None) -> list[dict[str, Any]]:
-    """[{'record': int, 'name': str, 'reason': str, 'times': int}], in order of record; decodes each again to tell
-    the reason ('' when it reads well now)."""
-    return [{'record': record, 'name': self._source.name(record), 'reason': self._reason(record),
-             'times': self._records[record]} for record in sorted(self._records)[:limit]]
-
-  def _reason(self, record: int) -> str:
-    try:
-      self._source[record].decode()
-    except AudioError as error:
-      return error.reason
-    return ''
 
 
 def held_out_utterances(config: DataConfig, sample_rate: int, num_samples: int, limit: int) -> dict[str, Any]:

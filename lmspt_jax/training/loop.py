@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import json
 import logging
 import math
 import signal
@@ -28,8 +27,9 @@ from lmspt_jax import rng
 from lmspt_jax.checkpoint import CheckpointStore
 from lmspt_jax.config import ExperimentConfig, to_dict
 from lmspt_jax.convert.whisper import load_whisper
-from lmspt_jax.data.pipeline import FaultCounter, held_out_utterances, training_batches
-from lmspt_jax.data.sources import open_source
+from lmspt_jax.data.fault_log import FaultLog
+from lmspt_jax.data.mixture import Mixture
+from lmspt_jax.data.pipeline import held_out_utterances, training_batches
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.sharding import make_mesh, parameter_table, shard_batch, state_shardings
 from lmspt_jax.training import codebooks as codebook_rules
@@ -63,9 +63,9 @@ def train(config: ExperimentConfig, workdir: str | Path) -> None:
     mesh = make_mesh(config.mesh, config.data.batch_size)
     cleanup.enter_context(jax.set_mesh(mesh))
     dims, teacher_params, teacher_id = _load_teacher(config, mesh)
-    if not config.data.train:
-      raise LmsptError("config field data.train = '': give KIND:PATH, e.g. folder:recordings")
-    faults = FaultCounter(config.data.max_fault_rate, open_source(config.data.train, config.data.train_split))
+    mixture = Mixture(config.data)
+    faults = FaultLog(config.data.max_fault_rate, mixture, workdir)
+    cleanup.callback(faults.save)
     held_out = _load_held_out(config)
 
     # ---------------------------------------------------------------- state: fresh or restored
@@ -77,20 +77,19 @@ def train(config: ExperimentConfig, workdir: str | Path) -> None:
     cleanup.callback(store.close)
     start = store.latest_step
     if start is None:
-      state = _fresh_state(experiment, shardings, mesh)
+      state = _fresh_state(experiment, shardings, mesh, mixture)
       start = 0
     else:
-      state = _restored_state(store, start, abstract, shardings, teacher_id)
+      state = _restored_state(store, start, abstract, shardings, teacher_id, mixture)
       print(f'resuming at step {start}', flush=True)
     record = {'config': to_dict(config), 'teacher_id': teacher_id}
 
     # ---------------------------------------------------------------- the loop
     train_step = jax.jit(make_train_step(experiment), donate_argnums=0, out_shardings=(shardings, None))
     eval_step = jax.jit(make_eval_step(experiment))
-    batches = cleanup.enter_context(_batches(config, start_batch=start))
+    batches = cleanup.enter_context(_batches(config, mixture, start_batch=start))
     writer = metrics_lib.MetricWriter(workdir, start)
     cleanup.callback(writer.close)
-    cleanup.callback(_write_faults, workdir, faults)
     last = config.train.num_steps
     bar = cleanup.enter_context(tqdm(total=last, initial=start, unit='step', dynamic_ncols=True))
     meter = _Meter(config, writer, bar)
@@ -107,7 +106,8 @@ def train(config: ExperimentConfig, workdir: str | Path) -> None:
       save = step > 0 and (step % config.train.checkpoint_every == 0 or step == last or stop.requested)
       if save and not resumed_here:
         meter.flush()
-        position = {'seed': config.train.seed, 'next_batch': step}
+        faults.save()
+        position = {'seed': config.train.seed, 'next_batch': step, 'fingerprint': mixture.fingerprint}
         _save(store, step, state, {**record, 'data': position}, wait=stop.requested or step == last)
       if stop.requested and step < last:
         saved = f'saved in {workdir}' if step else 'before there was anything to save'
@@ -151,13 +151,14 @@ def _held_out_samples(config: ExperimentConfig) -> int:
   return model.num_frames(round(config.train.eval_seconds * model.sample_rate)) * model.hop
 
 
-def _batches(config: ExperimentConfig, start_batch: int):
+def _batches(config: ExperimentConfig, mixture: Mixture, start_batch: int):
   return training_batches(
-      config.data, sample_rate=config.model.sample_rate, crop_samples=config.crop_samples, seed=config.train.seed,
-      start_batch=start_batch, process_index=jax.process_index(), process_count=jax.process_count())
+      config.data, mixture=mixture, sample_rate=config.model.sample_rate, crop_samples=config.crop_samples,
+      seed=config.train.seed, start_batch=start_batch, process_index=jax.process_index(),
+      process_count=jax.process_count())
 
 
-def _fresh_state(experiment: Experiment, shardings: TrainState, mesh: Mesh) -> TrainState:
+def _fresh_state(experiment: Experiment, shardings: TrainState, mesh: Mesh, mixture: Mixture) -> TrainState:
   """Initialises on the devices, then moves the codebooks to where the first batches' latents are."""
   config = experiment.config
   state = jax.jit(experiment.init, out_shardings=shardings)()
@@ -167,7 +168,7 @@ def _fresh_state(experiment: Experiment, shardings: TrainState, mesh: Mesh) -> T
   frames = config.data.batch_size * (config.crop_samples // config.model.hop)
   needed = min(8, math.ceil(4 * max(q.size for q in quantizers) / frames))
   here = dataclasses.replace(config, data=dataclasses.replace(config.data, num_workers=0))  # too few to start workers
-  with _batches(here, start_batch=0) as batches:
+  with _batches(here, mixture, start_batch=0) as batches:
     audio = [shard_batch({k: b[k] for k in _MODEL_INPUTS}, mesh) for b in itertools.islice(batches, needed)]
 
   @jax.jit
@@ -194,13 +195,16 @@ def _fresh_state(experiment: Experiment, shardings: TrainState, mesh: Mesh) -> T
 
 
 def _restored_state(store: CheckpointStore, step: int, abstract: TrainState, shardings: TrainState,
-                    teacher_id: str) -> TrainState:
+                    teacher_id: str, mixture: Mixture) -> TrainState:
   wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), vars(abstract),
                         vars(shardings))
   arrays, record = store.restore(step, wanted)
   if record['teacher_id'] != teacher_id:
     raise LmsptError(f'teacher.checkpoint: its hash is {teacher_id[:16]}, the run was trained with '
                      f'{record["teacher_id"][:16]}; give that one, or use another --workdir')
+  if record['data']['fingerprint'] != mixture.fingerprint:
+    raise LmsptError(f'data.train: holds other utterances ({len(mixture)} now) than when step {step} was saved, so the '
+                     'order of training would change; put back what was there, or use another --workdir')
   return TrainState(**arrays)
 
 
@@ -212,12 +216,6 @@ def _save(store: CheckpointStore, step: int, state: TrainState, record: dict[str
   except OSError as error:
     raise LmsptError(f'checkpoint of step {step} could not be written ({error}); earlier ones are whole, free space '
                      'and run the same command again') from error
-
-
-def _write_faults(workdir: Path, faults: FaultCounter) -> None:
-  report = faults.report()
-  if report:
-    (workdir / 'faults.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in report))
 
 
 class _StopSignal:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import platform
+import re
 import shlex
 import sys
 import time
@@ -16,10 +17,11 @@ from lmspt_jax.config import ExperimentConfig, to_dict
 from lmspt_jax.errors import LmsptError
 
 CONFIG = 'config.json'
-# What may change when a run goes on: nothing that the parameters depend on.
-FREE_FIELDS = frozenset({
-    'data.num_workers', 'mesh.data', 'mesh.fsdp', 'train.log_every', 'train.eval_every', 'train.eval_utterances',
-    'train.eval_audio', 'train.eval_seconds', 'train.checkpoint_every', 'train.keep_checkpoints'})
+# What may change when a run goes on: nothing that the parameters depend on. Data may move (the checkpoint knows which
+# utterances it held).
+FREE_FIELDS = re.compile('|'.join((
+    r'data\.num_workers', r'data\.max_fault_rate', r'data\.train\.\d+\.uri', r'mesh\.\w+',
+    r'train\.(log_every|eval_every|eval_utterances|eval_audio|eval_seconds|checkpoint_every|keep_checkpoints)')))
 _PACKAGES = ('lmspt_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
@@ -45,7 +47,7 @@ def open_workdir(config: ExperimentConfig, workdir: Path) -> None:
     except json.JSONDecodeError as error:
       raise LmsptError(f'{path}: not JSON ({error}); remove it or use another --workdir') from error
     now = _flatten(to_dict(config))
-    changed = sorted(k for k in {**before, **now} if before.get(k) != now.get(k) and k not in FREE_FIELDS)
+    changed = sorted(k for k in {**before, **now} if before.get(k) != now.get(k) and not FREE_FIELDS.fullmatch(k))
     if changed:
       shown = ', '.join(f'{k}: {before.get(k)!r} there, {now.get(k)!r} now' for k in changed[:4])
       more = f' and {len(changed) - 4} more' if len(changed) > 4 else ''
@@ -67,6 +69,8 @@ def _write(path: Path, text: str) -> None:
 def _flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
   flat = {}
   for key, value in tree.items():
+    if isinstance(value, list) and any(isinstance(element, dict) for element in value):
+      value = dict(enumerate(value))
     flat |= _flatten(value, f'{prefix}{key}.') if isinstance(value, dict) else {f'{prefix}{key}': value}
   return flat
 
