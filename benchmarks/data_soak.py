@@ -3,9 +3,9 @@
     python benchmarks/data_soak.py --corpus=DIR --work=DIR [--minutes=30]
 
 CORPUS, a folder with manifest.jsonl, is written into WORK as 2,000 tars and 2,000 ArrayRecord shards, as parquet and
-TFDS; training batches are streamed from a mixture of all of them and the folder by two workers. Once a minute the
-proportional memory (PSS, from smaps_rollup) and the open files of this process and its workers are read. Exit status 1
-if the last minute has more than 1.05 times the memory of the third.
+TFDS; training batches are streamed from a mixture of all of them and the folder by two workers. The table has, of every
+minute, the most resident memory of this process and its workers together, and the most open files of any of them. Exit
+status 1 if the last minute has more than 1.05 times the memory of the third.
 """
 
 from __future__ import annotations
@@ -29,12 +29,9 @@ def processes() -> list[int]:
 
 
 def memory_mb() -> float:
-  """Proportional set size of this process and its workers: shared pages count once."""
-  total = 0
-  for pid in processes():
-    lines = Path(f'/proc/{pid}/smaps_rollup').read_text().splitlines()
-    total += sum(int(line.split()[1]) for line in lines if line.startswith('Pss:'))
-  return total / 1024
+  """Resident set sizes of this process and its workers. Pages that they share count in each."""
+  statuses = [Path(f'/proc/{pid}/status').read_text() for pid in processes()]
+  return sum(int(status.partition('VmRSS:')[2].split()[0]) for status in statuses) / 1024
 
 
 def open_files() -> int:

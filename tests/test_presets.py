@@ -17,7 +17,7 @@ import pytest
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 
 from lmspt_jax.cli.flags import load
-from lmspt_jax.config import DiscriminatorConfig, ExperimentConfig, QuirksConfig, from_dict, to_dict
+from lmspt_jax.config import CorpusConfig, DiscriminatorConfig, ExperimentConfig, QuirksConfig, from_dict, to_dict
 from lmspt_jax.models.whisper import WHISPER_SIZES, WhisperDims, WhisperEncoder, abstract_params
 from lmspt_jax.sharding import BATCH, state_shardings
 from lmspt_jax.training.state import Experiment
@@ -89,8 +89,9 @@ def test_release_turns_the_quirks_on(preset):
 
 
 def test_the_demo_takes_other_data(preset):
-  assert preset('demo').data.train == preset('demo').data.held_out == 'package:speech_sample'
-  assert preset('demo', 'folder:a:b').data.train == preset('demo', 'folder:a:b').data.held_out == 'folder:a:b'
+  for argument, uri in (((), 'package:speech_sample'), (('folder:a:b',), 'folder:a:b')):
+    data = preset('demo', *argument).data
+    assert data.train == (CorpusConfig(uri),) and data.held_out == uri
 
 
 @pytest.mark.parametrize('name', PRESETS)

@@ -28,6 +28,7 @@ from lmspt_jax import metrics as metrics_lib
 from lmspt_jax import optim, rng
 from lmspt_jax.audio.mel import log_mel_spectrogram
 from lmspt_jax.config import MeshConfig, ModelConfig, OptimizerConfig, QuantizerConfig, QuirksConfig
+from lmspt_jax.data.mixture import Mixture
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.losses.adversarial import discriminator_loss, feature_matching_loss, generator_adversarial_loss
 from lmspt_jax.losses.mel import multi_scale_mel_loss
@@ -343,7 +344,7 @@ def test_dead_codes_decides_where_codebooks_start(fixed, on):
   experiment, state = Experiment(config, DIMS), fixed[1]
   experiment.init = lambda: state
   mesh = make_mesh(MeshConfig(), config.data.batch_size)
-  fresh = loop._fresh_state(experiment, state_shardings(experiment.abstract_state(), mesh), mesh)
+  fresh = loop._fresh_state(experiment, state_shardings(experiment.abstract_state(), mesh), mesh, Mixture(config.data))
   batches = speech_batches(config, 2)
   codes_of = fast(lambda p, c, x: experiment.tokenizer(p, c).encode(x))
 

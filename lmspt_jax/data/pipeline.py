@@ -141,7 +141,7 @@ def training_batches(config: DataConfig, *, sample_rate: int, crop_samples: int,
   from absl import flags
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain's workers read flags of its own, which stay at their defaults
-  orders = [_shuffled(group, draw('order', seed, number)) for number, group in enumerate(mixture.groups)]
+  orders = [_shuffled(group, draw('order', seed) + number) for number, group in enumerate(mixture.groups)]
   order = grain.MapDataset.mix(orders, [group.weight for group in mixture.groups]) if len(orders) > 1 else orders[0]
   crop = _CropExample(mixture, order, from_config(config.augment), sample_rate=sample_rate, crop_samples=crop_samples,
                       seed=seed)

@@ -11,6 +11,7 @@ import functools
 import importlib.util
 import multiprocessing
 import os
+import signal
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing.connection import Connection
@@ -50,7 +51,13 @@ def run_local(task: Task, count: int, *, num_workers: int) -> None:
   executor = concurrent.futures.ProcessPoolExecutor(min(num_workers, count), context, _start, (task, watched))
   try:
     with _closing(executor, lifeline):
-      for future in concurrent.futures.as_completed([executor.submit(_run, number) for number in range(count)]):
+      # Ctrl-C reaches them too; this process says what to do. What is blocked here is blocked in them from birth.
+      before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+      try:
+        futures = [executor.submit(_run, number) for number in range(count)]
+      finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+      for future in concurrent.futures.as_completed(futures):
         future.result()
   except concurrent.futures.process.BrokenProcessPool as error:
     raise LmsptError('a worker process died: if memory ran out, use a smaller --num_workers; a script that calls '
@@ -71,10 +78,8 @@ def _closing(executor: concurrent.futures.Executor, lifeline: Connection) -> Ite
 
 
 def _start(task: Task, watched: Connection) -> None:
-  import signal
   global _in_worker
   _in_worker = task
-  signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent has it too, and says what to do
   threading.Thread(target=_end_with_parent, args=(watched,), daemon=True).start()
 
 
