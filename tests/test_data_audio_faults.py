@@ -10,7 +10,8 @@ import pytest
 import soundfile
 from _audio_files import SPEECH, VARIABLE, encode, speech
 
-from lmspt_jax.data.audio_io import AudioError, crop_mono, open_audio, read_audio, read_range, to_mono_at
+from lmspt_jax.data.audio_io import crop_mono, open_audio, read_audio, read_range, to_mono_at
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.errors import LmsptError
 
 

@@ -24,8 +24,8 @@ from lmspt_jax.data.audio_io import (
   to_mono_at,
   write_wav,
 )
-from lmspt_jax.data.range_file import RangeFile
 from lmspt_jax.data.storage import FileRange
+from lmspt_jax.data.storage.range_file import RangeFile
 from lmspt_jax.errors import LmsptError
 
 

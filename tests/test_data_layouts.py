@@ -10,7 +10,7 @@ import pytest
 import soundfile
 from _corpus_formats import samples_of, utterances
 
-from lmspt_jax.data.audio_io import AudioError
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.sources import open_source
 from lmspt_jax.errors import LmsptError
 

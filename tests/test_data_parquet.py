@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from _corpus_formats import as_in_a_worker, audio_table, utterances, write_parquet
 
-from lmspt_jax.data.audio_io import AudioError
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.sources import open_source, parquet
 from lmspt_jax.errors import LmsptError
 
@@ -218,7 +218,7 @@ def test_a_store_is_read_by_row_group(tmp_path, server):
 
 
 def test_a_store_that_is_down_is_no_fault_of_the_file(tmp_path, server, monkeypatch):
-  from lmspt_jax.data import remote
+  from lmspt_jax.data.storage import remote
   write_parquet(SPEECH, tmp_path / 'data', count=2)
   bucket = _object_store.upload(tmp_path / 'data', 'parquet-down')
   source = open_source(f'parquet:{bucket}/0001.parquet')

@@ -19,10 +19,11 @@ import pytest
 import soundfile
 from _object_store import s3, serve_folder, upload
 
-from lmspt_jax.data import file_cache, remote, storage
-from lmspt_jax.data.audio_io import AudioError, crop_mono, open_audio
+from lmspt_jax.data import storage
+from lmspt_jax.data.audio_io import crop_mono, open_audio
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.sources import open_source
-from lmspt_jax.data.storage import FileRange
+from lmspt_jax.data.storage import FileRange, file_cache, remote
 from lmspt_jax.errors import LmsptError
 
 RATE = 16_000

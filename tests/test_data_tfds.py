@@ -23,7 +23,8 @@ from _corpus_formats import (
   write_tfds_librispeech,
 )
 
-from lmspt_jax.data.audio_io import AudioError, Pcm
+from lmspt_jax.data.audio_io import Pcm
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.sources import open_source
 from lmspt_jax.data.sources import tfds as tfds_source
 from lmspt_jax.errors import LmsptError

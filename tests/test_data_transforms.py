@@ -10,8 +10,9 @@ import pytest
 import soundfile
 
 from lmspt_jax.config import AugmentConfig
-from lmspt_jax.data.audio_io import AudioError, load_mono
+from lmspt_jax.data.audio_io import load_mono
 from lmspt_jax.data.draws import Draws
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.sources import open_source
 from lmspt_jax.data.transforms import Compose, Gain, Noise, Telephone, from_config
 from lmspt_jax.errors import LmsptError

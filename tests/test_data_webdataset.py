@@ -19,12 +19,13 @@ import pytest
 from _object_store import s3, serve_folder, serve_gcs, upload
 
 from lmspt_jax.config import DataConfig
-from lmspt_jax.data import remote
-from lmspt_jax.data.audio_io import AudioError, write_wav
+from lmspt_jax.data.audio_io import write_wav
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.pipeline import training_batches
 from lmspt_jax.data.prepare import prepare
 from lmspt_jax.data.sources import open_source, webdataset
 from lmspt_jax.data.sources.folder import ASSETS
+from lmspt_jax.data.storage import remote
 from lmspt_jax.errors import LmsptError
 
 SPEECH = open_source('package:speech_sample')

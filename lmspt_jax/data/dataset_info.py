@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from lmspt_jax.data import storage
-from lmspt_jax.data.audio_io import AudioError
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.errors import LmsptError
 
 FORMAT = 'lmspt-dataset'

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from lmspt_jax.data.audio_io import REASONS
 from lmspt_jax.data.dataset_info import write_atomic
+from lmspt_jax.data.faults import REASONS
 from lmspt_jax.data.mixture import Mixture
 from lmspt_jax.errors import LmsptError
 

@@ -21,8 +21,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from lmspt_jax.config import CorpusConfig, DataConfig
-from lmspt_jax.data.audio_io import AudioError
 from lmspt_jax.data.draws import draw
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.index import Index
 from lmspt_jax.data.metadata import LABELS
 from lmspt_jax.data.sources import Source, open_source

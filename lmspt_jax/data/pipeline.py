@@ -21,8 +21,9 @@ from typing import Any
 import numpy as np
 
 from lmspt_jax.config import DataConfig
-from lmspt_jax.data.audio_io import REASONS, AudioError, check_sound, crop_mono, resampled_length
+from lmspt_jax.data.audio_io import check_sound, crop_mono, resampled_length
 from lmspt_jax.data.draws import Draws, draw
+from lmspt_jax.data.faults import REASONS, AudioError
 from lmspt_jax.data.mixture import Group, Mixture
 from lmspt_jax.data.sources import open_source
 from lmspt_jax.data.transforms import Transform, from_config
@@ -121,7 +122,7 @@ def training_batches(config: DataConfig, *, sample_rate: int, crop_samples: int,
       index int64 [local], global example numbers;
       record int64 [local], numbers in the mixture;
       fault_record int64 and fault_reason int8 [local, MAX_FAULTS], records that could not be used for this row, in
-      the order tried, and why (place in audio_io.REASONS), then -1: the row holds a crop of the first usable successor
+      the order tried, and why (place in faults.REASONS), then -1: the row holds a crop of the first usable successor
       in the same order. Feed them to `FaultLog`.
 
   Raises:

@@ -12,7 +12,8 @@ from dataclasses import dataclass
 
 import msgpack
 
-from lmspt_jax.data.audio_io import MAX_FRAMES, MAX_RATE, MIN_RATE, AudioError
+from lmspt_jax.data.audio_io import MAX_FRAMES, MAX_RATE, MIN_RATE
+from lmspt_jax.data.faults import AudioError
 
 MAX_AUDIO_BYTES = 512 << 20
 MAX_TEXT_BYTES = 1 << 20

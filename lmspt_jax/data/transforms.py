@@ -19,8 +19,9 @@ import numpy as np
 import soxr
 
 from lmspt_jax.config import AugmentConfig
-from lmspt_jax.data.audio_io import SILENCE, AudioError, crop_mono, resampled_length
+from lmspt_jax.data.audio_io import SILENCE, crop_mono, resampled_length
 from lmspt_jax.data.draws import Draws
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.sources import Source, open_source
 
 NOISE_TRIES = 8  # recordings tried for one crop before it counts as a fault

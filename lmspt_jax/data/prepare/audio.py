@@ -15,7 +15,8 @@ import soundfile
 import soxr
 
 from lmspt_jax.data import audio_io, storage
-from lmspt_jax.data.audio_io import MAX_FRAMES, SILENCE, AudioError
+from lmspt_jax.data.audio_io import MAX_FRAMES, SILENCE
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.prepare.pauses import cut_at_pauses
 from lmspt_jax.data.records import Record
 from lmspt_jax.data.sources import Utterance

@@ -11,8 +11,8 @@ import numpy as np
 import pyarrow as pa
 
 from lmspt_jax.data import records, storage
-from lmspt_jax.data.audio_io import AudioError
 from lmspt_jax.data.dataset_info import replacing
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.index import table_from_rows
 from lmspt_jax.data.prepare.audio import to_records
 from lmspt_jax.data.prepare.job import FORMAT, Job, digest, read_note, task, write_rows

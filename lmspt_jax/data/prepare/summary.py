@@ -15,8 +15,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lmspt_jax.data import storage
-from lmspt_jax.data.audio_io import AudioError
 from lmspt_jax.data.dataset_info import INDEX_NAME, DatasetInfo, replacing, write_atomic
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.prepare.job import Job, read_batch, read_note
 from lmspt_jax.data.prepare.parts import SCORE
 from lmspt_jax.data.prepare.shards import sha256, shard_info

@@ -11,8 +11,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from lmspt_jax.data import records, storage
-from lmspt_jax.data.audio_io import AudioError
 from lmspt_jax.data.dataset_info import INDEX_NAME, ShardInfo, load_info
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.index import Index, assemble, check_columns
 from lmspt_jax.data.sources.base import ShardFault, Source
 from lmspt_jax.errors import LmsptError

@@ -11,7 +11,8 @@ import pyarrow as pa
 import soundfile
 
 from lmspt_jax.data import audio_io, storage
-from lmspt_jax.data.audio_io import AudioError, Pcm
+from lmspt_jax.data.audio_io import Pcm
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.index import Index
 from lmspt_jax.data.records import MAX_AUDIO_BYTES
 from lmspt_jax.data.storage import FileRange
@@ -59,7 +60,7 @@ class ShardFault:
   """A file of a source that is missing or broken, so that an unknown number of utterances is not in its index."""
 
   shard: str
-  reason: str  # of audio_io.REASONS
+  reason: str  # of faults.REASONS
   message: str
 
 

@@ -14,7 +14,8 @@ from typing import Any
 from urllib.parse import quote
 
 from lmspt_jax.data import storage
-from lmspt_jax.data.audio_io import AUDIO_SUFFIXES, AudioError
+from lmspt_jax.data.audio_io import AUDIO_SUFFIXES
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.index import assemble, table_from_rows
 from lmspt_jax.data.metadata import row_from
 from lmspt_jax.data.sources.base import Source

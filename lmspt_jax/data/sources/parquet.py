@@ -24,13 +24,13 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from lmspt_jax.data import storage
-from lmspt_jax.data.audio_io import AudioError
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.index import Index, assemble, cached_index, table_from_rows
 from lmspt_jax.data.metadata import row_from
-from lmspt_jax.data.range_file import RangeFile
 from lmspt_jax.data.records import MAX_AUDIO_BYTES
 from lmspt_jax.data.sources.base import ShardFault, Source
 from lmspt_jax.data.storage import FileRange
+from lmspt_jax.data.storage.range_file import RangeFile
 from lmspt_jax.errors import LmsptError
 
 MAX_OPEN = 64  # files; each holds a descriptor and its footer

@@ -25,7 +25,8 @@ import numpy as np
 import pyarrow as pa
 
 from lmspt_jax.data import audio_io, storage
-from lmspt_jax.data.audio_io import AudioError, Pcm
+from lmspt_jax.data.audio_io import Pcm
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.index import Index, assemble, cached_index, table_from_rows
 from lmspt_jax.data.metadata import row_from
 from lmspt_jax.data.sources.base import ShardFault, Source

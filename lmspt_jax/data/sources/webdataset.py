@@ -18,10 +18,12 @@ import numpy as np
 import pyarrow as pa
 from tqdm import tqdm
 
-from lmspt_jax.data import storage, tar
-from lmspt_jax.data.audio_io import AUDIO_SUFFIXES, AudioError
+from lmspt_jax.data import storage
+from lmspt_jax.data.audio_io import AUDIO_SUFFIXES
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.index import FORMAT, Index, assemble, cache_folder, cached_index, cached_table, table_from_rows
 from lmspt_jax.data.metadata import row_from
+from lmspt_jax.data.sources import tar
 from lmspt_jax.data.sources.base import ShardFault, Source
 from lmspt_jax.data.storage import FileRange, Stat
 from lmspt_jax.errors import LmsptError

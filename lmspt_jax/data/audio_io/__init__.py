@@ -1,7 +1,6 @@
 """Audio in and out: whatever libsndfile reads (wav, flac, ogg, mp3, ...) to float32, and 16-bit wav back.
 
-Two kinds of fault. `AudioError` is a fault of the audio itself, with a `reason` from a short list, so that the
-data pipeline can skip and count it; it is an `LmsptError`, so that a single file given by a user ends in one line.
+A fault of the audio itself is an `AudioError`; other faults of a caller are an `LmsptError`.
 """
 
 from __future__ import annotations
@@ -18,8 +17,9 @@ import numpy as np
 import soundfile
 import soxr
 
-from lmspt_jax.data import containers
-from lmspt_jax.data.audio_file import AudioFile, Pcm, PcmFile, Stored
+from lmspt_jax.data.audio_io import containers
+from lmspt_jax.data.audio_io.audio_file import AudioFile, Pcm, PcmFile, Stored
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.errors import LmsptError
 
 AUDIO_SUFFIXES = ('.wav', '.flac', '.ogg', '.oga', '.opus', '.mp3', '.aiff', '.aif')
@@ -30,19 +30,6 @@ SILENCE = 1e-4  # a peak below -80 dBFS
 _MARGIN = 128  # source samples either side of a resampled crop, per unit of the down-sampling ratio; 96 would do
 _BLOCK = 1 << 22  # samples decoded at a time
 _UNKNOWN = 1 << 62  # libsndfile's number of frames where a FLAC's header gives none
-
-
-# Why audio can't be used; the number in this list travels in batches.
-REASONS = ('missing', 'undecodable', 'truncated', 'empty', 'non-finite', 'silent', 'too large', 'bad rate',
-           'corrupt record', 'unreachable')
-
-
-class AudioError(LmsptError):
-  """Audio that can't be used; `reason` is one of REASONS."""
-
-  def __init__(self, message: str, reason: str = 'undecodable'):
-    super().__init__(message)
-    self.reason = reason
 
 
 def open_audio(source: str | os.PathLike | bytes | BinaryIO | Pcm | Stored, *, name: str) -> AudioFile | PcmFile:

@@ -10,7 +10,7 @@ import tarfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
-from lmspt_jax.data.audio_io import AudioError
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.errors import LmsptError
 
 _MAX_EXTENDED = 1 << 20  # bytes of one extended header

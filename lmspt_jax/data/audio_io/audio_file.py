@@ -9,8 +9,8 @@ from typing import BinaryIO, Protocol, runtime_checkable
 import numpy as np
 import soundfile
 
-from lmspt_jax.data.quiet import quiet_decoder
-from lmspt_jax.data.range_file import RangeFile
+from lmspt_jax.data.audio_io.quiet import quiet_decoder
+from lmspt_jax.data.storage.range_file import RangeFile
 
 MP3_LEAD = 18_432  # frames decoded before a place: 32 of MPEG-2's or 16 of MPEG-1's, as far as their bits reach back
 VORBIS_END = 1 << 18  # frames, as many as a page of Ogg can hold: libsndfile's seeks into the last page are off

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from typing import Any, TypeVar
 
-from lmspt_jax.data.audio_io import AudioError
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.errors import LmsptError
 
 T = TypeVar('T')

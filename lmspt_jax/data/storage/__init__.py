@@ -18,9 +18,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
-from lmspt_jax.data import file_cache, remote
-from lmspt_jax.data.audio_io import AudioError
-from lmspt_jax.data.range_file import RangeFile
+from lmspt_jax.data.faults import AudioError
+from lmspt_jax.data.storage import file_cache, remote
+from lmspt_jax.data.storage.range_file import RangeFile
 from lmspt_jax.errors import LmsptError
 
 MAX_FILES = 200_000  # that one pattern may stand for
