@@ -11,6 +11,7 @@ import resource
 import subprocess
 import sys
 import tarfile
+import threading
 import time
 from pathlib import Path
 
@@ -476,6 +477,27 @@ def test_worker_processes_read_from_a_bucket(stored):
 
 def test_training_with_workers_reads_from_a_bucket(stored):
   assert batches(uris(stored)['webdataset'][0], workers=2) == batches('package:speech_sample')
+
+
+@pytest.mark.parametrize('workers', [0, 1])
+def test_requests_overlap(tars, workers):
+  """A store answers after tens of milliseconds, so a process that waits for each answer would starve the devices."""
+  server = serve_folder(tars)
+  source = open_source(f'webdataset:{server.url}/{{00..03}}.tar')
+  answer, lock, under_way, most = server.answer, threading.Lock(), 0, 0
+
+  def slowly(*request):
+    nonlocal under_way, most
+    with lock:
+      under_way += 1
+      most = max(most, under_way)
+    time.sleep(0.02)
+    with lock:
+      under_way -= 1
+    return answer(*request)
+  server.answer = slowly
+  assert batches(source.uri, workers=workers) == batches('package:speech_sample')
+  assert most > 3
 
 
 def test_a_pattern_in_a_bucket(stored):

@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from lmspt_jax.config import DataConfig
+from lmspt_jax.data import storage
 from lmspt_jax.data.audio_io import check_sound, crop_mono, resampled_length
 from lmspt_jax.data.draws import Draws, draw
 from lmspt_jax.data.faults import REASONS, AudioError
@@ -30,6 +31,7 @@ from lmspt_jax.data.transforms import Transform, from_config
 from lmspt_jax.errors import LmsptError
 
 MAX_FAULTS = 32  # records tried for one example before the run stops
+REMOTE_THREADS = 8  # batches that a process makes at a time of data in a store, so that as many requests are under way
 _MAX_EXAMPLES = 1 << 48
 _log = logging.getLogger(__name__)
 
@@ -150,8 +152,10 @@ def training_batches(config: DataConfig, *, sample_rate: int, crop_samples: int,
   batches = order.map_with_index(crop).batch(config.batch_size // process_count)
   batches = batches[start_batch * process_count + process_index::process_count]
   workers = config.num_workers
-  # Elements are whole batches: Grain's default would hold 500 of them.
-  read = grain.ReadOptions(num_threads=0, prefetch_buffer_size=0) if workers else grain.ReadOptions(1, 2)
+  # Elements are whole batches: Grain's default would hold 500 of them. Threads wait for stores, not for decoding.
+  remote = any(storage.is_url(source.root) for source in mixture.sources)
+  threads = REMOTE_THREADS if remote else 0 if workers else 1
+  read = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=threads if workers else max(2, threads))
   dataset = batches.to_iter_dataset(read)
   if workers:
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
