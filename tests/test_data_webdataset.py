@@ -567,6 +567,21 @@ def test_a_server_that_is_gone_stops_rather_than_leaves_tars_out(tars):
   server.close()
 
 
+def test_training_waits_for_a_store_rather_than_skips_its_records(tars, monkeypatch):
+  server = serve_folder(tars)
+  uri = f'webdataset:{server.url}/{{00..03}}.tar'
+  open_source(uri)
+  monkeypatch.setenv('LMSPT_CACHE_GB', '0')
+  monkeypatch.setattr('lmspt_jax.data.pipeline.PATIENCE', (0.0, 0.0))
+  server.failures = 60  # more than one example's attempts
+  assert batches(uri) == batches('package:speech_sample')
+  assert server.failures == 0
+  server.failures = 10_000
+  with pytest.raises(LmsptError, match=r"can't be reached .* the same command goes on from the last checkpoint"):
+    batches(uri)
+  server.close()
+
+
 def test_no_backend_is_loaded_for_local_files(tars):
   code = ('import sys\nfrom lmspt_jax.data.sources import open_source\n'
           f'open_source("webdataset:{tars}/*.tar")[0].encoded()\n'

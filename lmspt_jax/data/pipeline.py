@@ -14,6 +14,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
+import time
 import weakref
 from collections.abc import Iterator
 from typing import Any
@@ -32,6 +33,7 @@ from lmspt_jax.errors import LmsptError
 
 MAX_FAULTS = 32  # records tried for one example before the run stops
 REMOTE_THREADS = 8  # batches that a process makes at a time of data in a store, so that as many requests are under way
+PATIENCE = (1.0, 5.0, 25.0, 60.0)  # seconds between attempts to reach a store, each of which tries several times
 _MAX_EXAMPLES = 1 << 48
 _log = logging.getLogger(__name__)
 
@@ -49,7 +51,7 @@ class _CropExample:
     for attempt in range(MAX_FAULTS):
       record = int(record if attempt == 0 else self.order[index + attempt])
       try:
-        crop = self._crop(record, index)
+        crop = self._patiently(record, index)
       except AudioError as error:
         faults[attempt], reasons[attempt] = record, REASONS.index(error.reason)
         last = error
@@ -60,6 +62,19 @@ class _CropExample:
               'record': np.int64(record), 'fault_record': faults, 'fault_reason': reasons}
     uri = self.mixture.locate(record)[0].uri
     raise LmsptError(f'data {uri!r}: {MAX_FAULTS} records in a row can\'t be used, the last one: {last}')
+
+  def _patiently(self, record: int, index: int) -> np.ndarray:
+    """`_crop`, but waits for a store that can't be reached: what is in a batch must not depend on the network."""
+    for wait in (*PATIENCE, None):
+      try:
+        return self._crop(record, index)
+      except AudioError as error:
+        if error.reason != 'unreachable':
+          raise
+        if wait is None:
+          raise LmsptError(f'{error}; the same command goes on from the last checkpoint') from error
+        _log.warning('data: waiting %g s: %s', wait, error)
+        time.sleep(wait)
 
   def _crop(self, record: int, index: int) -> np.ndarray:
     utterance = self.mixture[record]
@@ -128,7 +143,8 @@ def training_batches(config: DataConfig, *, sample_rate: int, crop_samples: int,
       in the same order. Feed them to `FaultLog`.
 
   Raises:
-    LmsptError: a batch that does not divide, no data; later, MAX_FAULTS unusable records in a row.
+    LmsptError: a batch that does not divide, no data; later, MAX_FAULTS unusable records in a row, or a store that
+      could not be reached for a while.
   """
   if process_count < 1 or config.batch_size % process_count:
     raise LmsptError(f'config field data.batch_size = {config.batch_size}: must be divisible by the '
