@@ -48,6 +48,7 @@ bench: $(VENV)/.parity
 soak: $(VENV)/.soak
 	$(BIN)/python benchmarks/make_speech_corpus.py --out runs/soak/corpus
 	$(BIN)/python benchmarks/data_order.py --corpus=runs/soak/corpus --work=runs/soak/formats
+	$(BIN)/python benchmarks/data_sources.py --corpus=runs/soak/corpus --work=runs/soak/formats
 	$(BIN)/python benchmarks/data_soak.py --corpus=runs/soak/corpus --work=runs/soak/shards
 
 clean:

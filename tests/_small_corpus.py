@@ -59,8 +59,10 @@ def signalled_prepare(out: Path, *arguments: str, after: str, count: int, how: s
   all have ended, with the exit status and what was on stderr.
   """
   command = [sys.executable, '-m', 'lmspt_jax', 'prepare', f'--out={out}', *arguments]
+  # A test run that was itself started in the background ignores SIGINT, and what it starts would too.
   process = subprocess.Popen(command, cwd=ASSETS.parent.parent, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE,
-                             text=True, start_new_session=True)
+                             text=True, start_new_session=True,
+                             preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
   end = time.monotonic() + 60
   while len(list((out / '.prepare').glob(after))) < count and process.poll() is None:
     assert time.monotonic() < end
