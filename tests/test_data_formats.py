@@ -61,3 +61,12 @@ def test_held_out_utterances_and_labels_are_the_same(uris, kind):
   assert found['audio'].tobytes() == expected['audio'].tobytes()
   filtered = DataConfig(train=(CorpusConfig(uris[kind], where='seconds >= 3 and speaker = asterisk-allison'),))
   assert 10 < len(Mixture(filtered)) < 54
+
+
+def test_a_tilde_is_the_home_folder(uris, monkeypatch):
+  where = {kind: uri.partition(':')[2] for kind, uri in uris.items()}
+  home = where['folder'].rpartition('/')[0]
+  monkeypatch.setenv('HOME', home)
+  for kind, path in where.items():
+    assert path.startswith(home)
+    assert len(Mixture(DataConfig(train=f'{kind}:~{path.removeprefix(home)}'))) == 54

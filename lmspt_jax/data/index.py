@@ -67,14 +67,13 @@ class Index:
     return {name: self.value(row, name) for name in LABELS}
 
   def numbers(self, column: str) -> np.ndarray:
-    """A numeric column; `LmsptError` naming those there are if it is not one of them."""
+    """A column of numbers: float64, or int64 for position and size."""
     return self.table.column(column).to_numpy()
 
   @property
   def number_columns(self) -> list[str]:
     """Columns that a filter can compare with a number: seconds and the scores."""
-    hidden = ('position', 'size')
-    return [field.name for field in self.table.schema if pa.types.is_floating(field.type) and field.name not in hidden]
+    return [field.name for field in self.table.schema if pa.types.is_floating(field.type)]
 
   def take(self, rows: np.ndarray | pa.Array) -> Index:
     """The rows at the given positions, in the order given."""
@@ -194,7 +193,7 @@ def _with_splits(table: pa.Table, name: str) -> pa.Table:
 
 
 def cached_index(key: str, build: Callable[[], Index]) -> Index:
-  """The index that was cached under `key`, or `build()`, which is then cached. Small ones are not worth a file.
+  """The index that was cached under `key`, or `build()`, which is then cached.
 
   Raises LmsptError when the cache folder can't be written.
   """

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import threading
 from collections import OrderedDict
 from typing import Any
@@ -25,8 +26,8 @@ class ArrayRecordSource(Source):
   """Shards as dataset.json and index.parquet list them. A shard is opened when a record of it is first read."""
 
   def __init__(self, uri: str, path: str):
-    self.uri, self.root = uri, path
-    info = load_info(path)
+    self.uri, self.root = uri, path if storage.is_url(path) else os.path.expanduser(path)
+    info = load_info(self.root)
     self._shards = {shard.name: shard for shard in info.shards}
     self.index = self._read_index()
     found = storage.stats([storage.join(self.root, shard.name) for shard in info.shards])
