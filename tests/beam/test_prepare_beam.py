@@ -70,7 +70,10 @@ def test_a_killed_run_is_finished_by_the_next(tmp_path, local, workers, after):
                               after=after, count=5, how=signal.SIGKILL)
   assert status == -signal.SIGKILL and not (tmp_path / 'dataset.json').exists()
   state = tmp_path / '.prepare'
-  assert len(list(state.glob(after))) < (18 if workers == 1 else 64)  # the workers ended too
+  if workers == 1:
+    assert len(list(state.glob(after))) < 18  # in the middle of the second stage
+  else:  # worker processes may have ended the bundles they had, but nobody began the second stage
+    assert not any((state / 'shards').glob('*.arrow'))
   kept = {path: path.stat().st_mtime_ns for path in tmp_path.glob('*.arrayrecord')
           if (state / 'shards' / f'{path.name}.arrow').exists()}
   assert main(['prepare', f'--source={SPEECH}', f'--out={tmp_path}', *OPTIONS, '--num_workers=1']) == 0
