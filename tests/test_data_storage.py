@@ -438,3 +438,9 @@ def test_a_cache_that_cannot_be_used_is_one_line(server, tmp_path, monkeypatch):
   monkeypatch.setenv('LMSPT_CACHE', str(tmp_path / 'no-folder'))
   with pytest.raises(LmsptError, match=r"the cache can't be used .*; set LMSPT_CACHE to a folder with room"):
     FileRange(f'{server.url}/file', 0, 10).read(name='x')
+
+
+@pytest.mark.parametrize('kind', ['webdataset', 'parquet'])
+def test_files_in_different_stores(kind):
+  with pytest.raises(LmsptError, match='names files in different stores; give each of them as a corpus of its own'):
+    open_source(f'{kind}:{{s3://one,gs://two}}/0.tar')

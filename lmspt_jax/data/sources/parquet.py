@@ -9,7 +9,6 @@ the file apart. Where there is no split column, files named SPLIT-00000-of-00004
 from __future__ import annotations
 
 import json
-import os
 import re
 import threading
 from collections import OrderedDict
@@ -50,12 +49,10 @@ class ParquetSource(Source):
   """Rows of parquet files. The columns beside the audio are read once, for the index, which is cached by file."""
 
   def __init__(self, uri: str, pattern: str):
-    paths = [path if storage.is_url(path) else os.path.abspath(path) for path in storage.expand(pattern)]
-    if not paths or os.path.isdir(paths[0]):
+    self.uri = uri
+    paths, self.root = storage.files_of(pattern)
+    if not paths:
       raise LmsptError(f'data {uri!r}: no parquet files; write a pattern such as DIR/*.parquet')
-    self.uri, self.root = uri, paths[0].rpartition('/')[0]
-    while not all(path.startswith(f'{self.root}/') for path in paths):
-      self.root = self.root.rpartition('/')[0]
     self._reader = _Reader(self.root)
     files = [path if storage.is_url(path) else path[len(self.root) + 1:] for path in paths]
     with ThreadPoolExecutor(_INDEX_THREADS) as executor:

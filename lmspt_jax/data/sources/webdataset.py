@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -42,16 +41,14 @@ class WebDatasetSource(Source):
   """
 
   def __init__(self, uri: str, pattern: str):
-    paths = [path if storage.is_url(path) else os.path.abspath(path) for path in storage.expand(pattern)]
-    if not paths or os.path.isdir(paths[0]):
+    self.uri = uri
+    paths, self.root = storage.files_of(pattern)
+    if not paths:
       raise LmsptError(f'data {uri!r}: no tars; write a pattern such as DIR/{{000..099}}.tar or DIR/*.tar')
     found = storage.stats(paths)
     for stat in found:
       if isinstance(stat, AudioError) and stat.reason == 'unreachable':
         raise stat  # no fault of a tar: what is trained on must not depend on whether the network is up
-    self.uri, self.root = uri, paths[0].rpartition('/')[0]
-    while not all(path.startswith(f'{self.root}/') for path in paths):
-      self.root = self.root.rpartition('/')[0]
     versions = [[path, stat.version if isinstance(stat, Stat) else stat.reason]
                 for path, stat in zip(paths, found, strict=True)]
     self.index = cached_index(f'webdataset:{json.dumps(versions)}', lambda: _index(uri, paths, found))

@@ -80,6 +80,25 @@ def expand(pattern: str) -> list[str]:
   return sorted(found)
 
 
+def files_of(pattern: str) -> tuple[list[str], str]:
+  """(the files a pattern stands for, local ones as absolute paths; the deepest folder that holds them all).
+
+  Both empty where there are none, or where the pattern is a folder.
+
+  Raises:
+    LmsptError: files in different stores, and what `expand` raises.
+  """
+  paths = [path if is_url(path) else os.path.abspath(path) for path in expand(pattern)]
+  if not paths or os.path.isdir(paths[0]):
+    return [], ''
+  root = paths[0].rpartition('/')[0]
+  while root and not all(path.startswith(f'{root}/') for path in paths):
+    root = root.rpartition('/')[0]
+  if not root and any(map(is_url, paths)):
+    raise LmsptError(f'{pattern}: names files in different stores; give each of them as a corpus of its own')
+  return paths, root
+
+
 def _expand_braces(pattern: str) -> list[str]:
   names, done = [pattern], []
   while names:
