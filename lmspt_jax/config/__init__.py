@@ -1,0 +1,54 @@
+"""Hyper-parameters as frozen dataclasses, and the only place that sees an `ml_collections.ConfigDict`.
+
+A file in `configs/` builds an `ExperimentConfig` and returns `to_config_dict(it)`; the command line applies
+overrides to that ConfigDict and hands it to `from_config_dict`, which checks every field. Everything behind this
+module takes dataclasses. Defaults are the authors' release `12d5hz_v1` (arXiv 2506.16738, `kakao/lmspt`).
+"""
+
+from __future__ import annotations
+
+from lmspt_jax.config.conversion import (
+  from_config_dict,
+  from_dict,
+  to_config_dict,
+  to_dict,
+)
+from lmspt_jax.config.experiment import (
+  AugmentConfig,
+  ComputeConfig,
+  CorpusConfig,
+  DataConfig,
+  ExperimentConfig,
+  LossConfig,
+  MeshConfig,
+  OptimizerConfig,
+  QuirksConfig,
+  TeacherConfig,
+  TrainConfig,
+)
+from lmspt_jax.config.model import (
+  DiscriminatorConfig,
+  ModelConfig,
+  QuantizerConfig,
+)
+
+__all__ = [
+  'AugmentConfig',
+  'ComputeConfig',
+  'CorpusConfig',
+  'DataConfig',
+  'DiscriminatorConfig',
+  'ExperimentConfig',
+  'LossConfig',
+  'MeshConfig',
+  'ModelConfig',
+  'OptimizerConfig',
+  'QuantizerConfig',
+  'QuirksConfig',
+  'TeacherConfig',
+  'TrainConfig',
+  'from_config_dict',
+  'from_dict',
+  'to_config_dict',
+  'to_dict',
+]
