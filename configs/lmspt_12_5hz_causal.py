@@ -7,8 +7,9 @@ Untrained here.
 
 import ml_collections
 
-from lmspt_jax.config import ExperimentConfig, ModelConfig, to_config_dict
+from lmspt_jax.config import ComputeConfig, ExperimentConfig, ModelConfig, to_config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
-  return to_config_dict(ExperimentConfig(name='lmspt_12_5hz_causal', model=ModelConfig(causal=True)))
+  return to_config_dict(ExperimentConfig(
+      name='lmspt_12_5hz_causal', compute=ComputeConfig(dtype='bfloat16'), model=ModelConfig(causal=True)))

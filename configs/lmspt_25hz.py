@@ -8,11 +8,12 @@ one. Untrained here.
 
 import ml_collections
 
-from lmspt_jax.config import ExperimentConfig, ModelConfig, QuantizerConfig, to_config_dict
+from lmspt_jax.config import ComputeConfig, ExperimentConfig, ModelConfig, QuantizerConfig, to_config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
-  return to_config_dict(ExperimentConfig(name='lmspt_25hz', model=ModelConfig(
+  return to_config_dict(ExperimentConfig(
+      name='lmspt_25hz', compute=ComputeConfig(dtype='bfloat16'), model=ModelConfig(
       encoder_strides=(4, 5, 6, 8), decoder_rates=(8, 6, 5, 4), resynthesis_rates=(8, 5, 4, 4),
       semantic=QuantizerConfig(codebook_size=1024),
       acoustic=QuantizerConfig(num_codebooks=7, codebook_size=1024, dropout=0.5))))

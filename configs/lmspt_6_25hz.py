@@ -7,11 +7,12 @@ Untrained here.
 
 import ml_collections
 
-from lmspt_jax.config import ExperimentConfig, ModelConfig, QuantizerConfig, to_config_dict
+from lmspt_jax.config import ComputeConfig, ExperimentConfig, ModelConfig, QuantizerConfig, to_config_dict
 
 
 def get_config() -> ml_collections.ConfigDict:
-  return to_config_dict(ExperimentConfig(name='lmspt_6_25hz', model=ModelConfig(
+  return to_config_dict(ExperimentConfig(
+      name='lmspt_6_25hz', compute=ComputeConfig(dtype='bfloat16'), model=ModelConfig(
       encoder_strides=(4, 5, 6, 8, 4), decoder_rates=(4, 8, 6, 5, 4), resynthesis_rates=(8, 8, 8, 5),
       semantic=QuantizerConfig(codebook_size=4096),
       acoustic=QuantizerConfig(num_codebooks=7, codebook_size=4096, dropout=0.5))))

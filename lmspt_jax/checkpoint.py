@@ -1,12 +1,18 @@
 """Checkpoints of a run: one named composite per step, written in the background. The only importer of Orbax.
 
 A checkpoint holds `state` (the train state's arrays), and `record`, JSON: data position, config, teacher id,
-versions. Orbax writes to a temporary folder and renames it, so what can be listed is whole.
+versions. Orbax writes to a temporary folder and renames it, so what can be listed is whole; what a process that was
+killed has left half-written is removed by the next one.
 """
 
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
+import os
+import re
+import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +26,10 @@ from lmspt_jax.errors import LmsptError
 from lmspt_jax.models.tokenizer import SpeechTokenizer, abstract_tokenizer, merge_tokenizer
 
 FOLDER = 'checkpoints'
-FORMAT = 1  # raised when the state's layout changes
+FORMAT = 2  # raised when the state's layout changes
+# What tensorstore prefixes its ValueErrors with when it is the store that fails.
+_STORE_FAULT = re.compile('(RESOURCE_EXHAUSTED|OUT_OF_RANGE|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|UNAVAILABLE|'
+                          'DEADLINE_EXCEEDED|FAILED_PRECONDITION|ABORTED|DATA_LOSS|INTERNAL|UNKNOWN): ')
 
 
 def has_checkpoint(workdir: str | Path) -> bool:
@@ -39,15 +48,20 @@ class CheckpointStore:
   def __init__(self, workdir: str | Path, keep: int | None = None):
     training = ocp.training
     policy = training.preservation_policies.LatestN(keep) if keep else training.preservation_policies.PreserveAll()
-    # By itself Orbax would save the record's text among arrays, find none there and warn with every checkpoint.
-    registry = ocp.handlers.local_registry()
-    registry.add(ocp.handlers.JsonHandler, checkpointable_name='record')
-    context = ocp.Context()
-    context.checkpointables.registry = registry
+    context = _context()
+    # Else, where a folder can't be made, Orbax' threads wait five minutes for it, and the process for them.
+    context.async_options.create_directories_asynchronously = False
     # The caller decides when to save: every call is meant, so the interval is one step.
-    self._checkpointer = training.Checkpointer(
-        Path(workdir).absolute() / FOLDER, preservation_policy=policy, cleanup_tmp_directories=keep is not None,
-        save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1), context=context)
+    folder = Path(workdir).absolute() / FOLDER
+    try:
+      folder.mkdir(parents=True, exist_ok=True)
+      self._checkpointer = training.Checkpointer(
+          folder, preservation_policy=policy, cleanup_tmp_directories=keep is not None,
+          save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1), context=context)
+    except OSError as error:
+      raise LmsptError(f'{folder}: can\'t be used ({error.strerror}); give a --workdir that you own') from error
+    self._saving: int | None = None  # step
+    self._failed = False
 
   @property
   def latest_step(self) -> int | None:
@@ -55,10 +69,22 @@ class CheckpointStore:
     return None if latest is None else latest.step
 
   def save(self, step: int, state: Any, record: dict[str, Any]) -> None:
-    """Starts writing; the arrays are copied before it returns, so the caller may donate them."""
+    """Starts writing; the arrays are copied before it returns, so the caller may donate them.
+
+    Raises:
+      LmsptError: this save or the one before could not be written; earlier ones are whole. So do `check`, `wait` and
+        `close`.
+    """
+    self.wait()
     if step != self.latest_step:
-      self._checkpointer.save_checkpointables_async(
-          step, {'state': state, 'record': {'format': FORMAT, **record}}, force=True)
+      with _writing(self._folder(step)):
+        self._checkpointer.save_checkpointables_async(step, _parts(state, record), force=True)
+      self._saving = step
+
+  def check(self) -> None:
+    """Raises if the last save has failed by now; waits for nothing."""
+    if self._saving is not None and not self._checkpointer.is_saving_in_progress():
+      self.wait()
 
   def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
     """State (on the shardings of `abstract_state`) and record of a step."""
@@ -82,13 +108,76 @@ class CheckpointStore:
 
   def wait(self) -> None:
     """Returns when the last save is on disk."""
-    self._checkpointer.wait()
+    step, self._saving = self._saving, None
+    if step is not None:
+      self._failed = True
+      with _writing(self._folder(step)):
+        self._checkpointer.wait()
+      self._failed = False
 
   def close(self) -> None:
-    self._checkpointer.close()
+    try:
+      self.wait()
+    finally:
+      with contextlib.suppress(*(OSError, ValueError) if self._failed else ()):  # said already
+        self._checkpointer.close()
 
   def _folder(self, step: int) -> Path:
     return Path(self._checkpointer.directory) / str(step)
+
+
+def write(folder: Path, state: Any, record: dict[str, Any]) -> None:
+  """A checkpoint by itself, in place of what `folder` holds; returns when it is on disk. Raises LmsptError."""
+  with _context(), _writing(folder):
+    ocp.save_checkpointables(folder, _parts(state, record), overwrite=True)
+
+
+def read(folder: Path, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
+  """State (on the shardings of `abstract_state`) and record of a checkpoint by itself. Raises LmsptError."""
+  with _context(), _reading(folder):
+    loaded = ocp.load_checkpointables(folder, {'state': abstract_state, 'record': None})
+  return loaded['state'], loaded['record']
+
+
+def _parts(state: Any, record: dict[str, Any]) -> dict[str, Any]:
+  return {'state': state, 'record': {'format': FORMAT, **record}}
+
+
+def _context() -> ocp.Context:
+  # By itself Orbax would save the record's text among arrays, find none there and warn with every checkpoint.
+  registry = ocp.handlers.local_registry()
+  registry.add(ocp.handlers.JsonHandler, checkpointable_name='record')
+  context = ocp.Context()
+  context.checkpointables.registry = registry
+  return context
+
+
+@contextlib.contextmanager
+def _writing(folder: Path) -> Iterator[None]:
+  """What Orbax and tensorstore raise for a store that takes nothing more, as one line."""
+  _say_once()
+  try:
+    yield
+  except (OSError, ValueError) as error:
+    if isinstance(error, ValueError) and not _STORE_FAULT.match(str(error)):
+      raise
+    raise LmsptError(f'{folder}: this checkpoint could not be written ({error}), earlier ones are whole; make room '
+                     'there, or mend access to it, and run the same command again') from error
+
+
+@functools.cache
+def _say_once() -> None:
+  """From now on, what a failed save raises is not reported by its threads as well, each with all its calls."""
+  show = sys.unraisablehook
+
+  def unless_late(report: Any) -> None:
+    # tensorstore tells Orbax, which has given up already, that one more of its files failed.
+    if not isinstance(report.exc_value, RuntimeError) or str(report.exc_value) != 'Event loop is closed':
+      show(report)
+
+  sys.unraisablehook = unless_late
+  logging.getLogger('absl').addFilter(
+      lambda record: not (record.exc_info and f'{os.sep}orbax{os.sep}' in record.pathname))
 
 
 @contextlib.contextmanager
@@ -125,8 +214,12 @@ class RestoredModel:
     return merge_tokenizer(self.config.model, self.params, self.codebooks)
 
 
-def restore_for_inference(workdir: str | Path) -> RestoredModel:
+def restore_for_inference(workdir: str | Path, average: bool = True) -> RestoredModel:
   """The newest checkpoint's tokenizer, without discriminators and optimizer states.
+
+  Args:
+    workdir: the run's folder.
+    average: the moving average over steps, where the run keeps one; else the parameters of the last step.
 
   Raises:
     LmsptError: `workdir` is no run's folder, or has no checkpoint yet.
@@ -142,13 +235,19 @@ def restore_for_inference(workdir: str | Path) -> RestoredModel:
     record = store.record(step)
     config = from_dict(ExperimentConfig, record['config']).check()
     _, params, codebooks = abstract_tokenizer(config.model)
-    wanted = {'generator': {'tokenizer': params}, 'codebooks': codebooks}
+    average = average and bool(config.train.ema_decay)
+    last = {'generator': {'tokenizer': params}, 'codebooks': codebooks}
+    wanted = {'average': {'params': params, 'codebooks': codebooks}} if average else last
     sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
     context = ocp.Context()
     context.pytree.loading.partial_load = True  # discriminators and optimizer states stay on disk
     with context, _reading(workdir.absolute() / FOLDER / str(step)):
       state = ocp.load_checkpointables(workdir.absolute() / FOLDER / str(step), {'state': wanted})['state']
-    return RestoredModel(config, state['generator']['tokenizer'], state['codebooks'], step, record['teacher_id'])
+    if average:
+      found = state['average']['params'], state['average']['codebooks']
+    else:
+      found = state['generator']['tokenizer'], state['codebooks']
+    return RestoredModel(config, *found, step, record['teacher_id'])
   finally:
     store.close()

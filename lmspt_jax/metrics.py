@@ -41,31 +41,45 @@ class MetricWriter:
   """`metrics.jsonl` and TensorBoard scalars in a run's folder.
 
   A run that resumes at a step drops the rows after it, so the file reads as if nothing had happened. One that starts
-  at 0 is fresh, whatever a killed run has left here: it drops them all.
+  at 0 is fresh, whatever a killed run has left here: it drops them all. Without a folder nothing is written.
   """
 
-  def __init__(self, workdir: Path, start_step: int):
+  def __init__(self, workdir: Path | None, start_step: int):
+    self._file = None
+    if workdir is None:
+      return
     self._path = workdir / 'metrics.jsonl'
     last_kept = start_step or -1
     if self._path.exists():
-      kept = [line for line in self._path.read_text().splitlines() if _step_of(line) <= last_kept]
-      temporary = self._path.with_suffix('.tmp')
-      temporary.write_text(''.join(line + '\n' for line in kept))
-      temporary.replace(self._path)
+      drop_rows_after(self._path, last_kept)
     self._file = self._path.open('a')
     self._board = SummaryWriter(str(workdir / 'tensorboard'), purge_step=last_kept + 1)
 
   def write(self, step: int, values: Mapping[str, float]) -> None:
     """One row; NaN and infinity are written as null, which every JSON reader takes."""
+    if self._file is None:
+      return
     row = {k: float(v) if math.isfinite(v) else None for k, v in values.items()}
     self._file.write(json.dumps({'step': step, **row}) + '\n')
     self._file.flush()
     for name, value in values.items():
-      self._board.add_scalar(name, value, step)
+      if math.isfinite(value):
+        self._board.add_scalar(name, value, step)
 
   def close(self) -> None:
+    if self._file is None:
+      return
     self._file.close()
     self._board.close()
+
+
+def drop_rows_after(path: Path, step: int) -> int:
+  """Keeps the rows of a file of JSON lines up to `step`; returns how many they are."""
+  kept = [line for line in path.read_text().splitlines() if _step_of(line) <= step]
+  temporary = path.with_suffix('.tmp')
+  temporary.write_text(''.join(line + '\n' for line in kept))
+  temporary.replace(path)
+  return len(kept)
 
 
 def _step_of(line: str) -> float:

@@ -42,7 +42,7 @@ def tiny_run(tmp_path_factory) -> Path:
   params, codebooks = random_weights(abstract_tokenizer(config.model)[1:])
   workdir = tmp_path_factory.mktemp('tiny_run')
   store = CheckpointStore(workdir)
-  store.save(3, {'generator': {'tokenizer': params}, 'codebooks': codebooks},
+  store.save(3, {'average': {'params': params, 'codebooks': codebooks}},
              {'config': to_dict(config), 'teacher_id': 'teacher-id'})
   store.close()
   return workdir

@@ -19,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import safetensors.numpy
+from _whisper_arrays import named_arrays
 from flax import nnx
 
 from lmspt_jax.config import (
@@ -81,9 +82,8 @@ def write_teacher(folder: Path) -> str:
       'max_source_positions': DIMS.audio_context, 'max_target_positions': DIMS.text_context,
       'encoder_attention_heads': DIMS.heads, 'decoder_attention_heads': DIMS.heads}))
   tensors = {'encoder/positions': whisper.sinusoids(DIMS.audio_context, DIMS.width)}
-  for path, value in jax.tree.leaves_with_path(tiny_teacher()):
-    name = '/'.join(['encoder', *(str(key.key) for key in path)])
-    tensors[name] = np.ascontiguousarray(foreign_layout(name, np.asarray(value)))
+  for name, value in named_arrays({'encoder': tiny_teacher()}):
+    tensors[name] = np.ascontiguousarray(foreign_layout(name, value))
   named = {foreign_name(name, HUGGING_FACE_NAMES): np.array(value) for name, value in tensors.items()}
   safetensors.numpy.save_file(named, folder / 'model.safetensors')
   return f'hf:{folder}'

@@ -11,7 +11,7 @@ import soundfile
 
 from lmspt_jax.cli.main import main
 from lmspt_jax.config import DataConfig
-from lmspt_jax.errors import LmsptError
+from lmspt_jax.errors import Interrupted, LmsptError
 
 
 @pytest.fixture
@@ -62,7 +62,7 @@ def test_a_real_process_ends_with_one_line_and_status_1(repo, tmp_path):
 def test_help_names_every_verb(lmspt):
   status, out, _ = lmspt('--help')
   assert status == 0
-  for verb in ('train', 'prepare', 'encode', 'decode', 'info'):
+  for verb in ('train', 'prepare', 'encode', 'decode', 'plan', 'info'):
     assert f'\n  {verb} ' in out
 
 
@@ -121,7 +121,6 @@ def config_file(tmp_path):
 def loop(monkeypatch):
   """Stands in for the training loop: keeps what it was called with, raises `raises`."""
   module = types.ModuleType('lmspt_jax.training.loop')
-  module.Interrupted = type('Interrupted', (Exception,), {})
   module.calls, module.raises = [], None
 
   def train(config, workdir):
@@ -148,7 +147,7 @@ def test_train_calls_the_loop_with_the_overridden_config(lmspt, loop, config_fil
 
 
 def test_a_run_told_to_stop_leaves_with_75(lmspt, loop, config_file):
-  loop.raises = loop.Interrupted('saved step 12')
+  loop.raises = Interrupted('saved step 12')
   status, _, err = lmspt('train', f'--config={config_file}', '--workdir=w')
   assert status == 75
   assert 'saved step 12' in err and 'resume' in err

@@ -89,7 +89,7 @@ def test_a_mixture_is_the_same_for_hosts_workers_and_resumption(corpus):
   expected = records(config, 6)
   assert np.array_equal(records(dataclasses.replace(config, num_workers=2), 6), expected)
   assert np.array_equal(records(config, 2, start_batch=4), expected[32:])
-  hosts = [records(config, 6, process_index=host, process_count=2).reshape(6, 4) for host in (0, 1)]
+  hosts = [records(config, 6, rows=rows).reshape(6, 4) for rows in (range(4), range(4, 8))]
   assert np.array_equal(np.concatenate(hosts, axis=1).ravel(), expected)
   assert not np.array_equal(records(config, 6, seed=2), expected)
 

@@ -19,15 +19,16 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from lmspt_jax.cli.flags import load
 from lmspt_jax.config import CorpusConfig, DiscriminatorConfig, ExperimentConfig, QuirksConfig, from_dict, to_dict
 from lmspt_jax.models.whisper import WHISPER_SIZES, WhisperDims, WhisperEncoder, abstract_params
-from lmspt_jax.sharding import BATCH, state_shardings
+from lmspt_jax.sharding import AXES, BATCH, Placement
 from lmspt_jax.training.state import Experiment
 from lmspt_jax.training.step import make_train_step
+from lmspt_jax.training.teacher import stored_params
 
 PRESETS = sorted(path.stem for path in (Path(__file__).resolve().parent.parent / 'configs').glob('*.py'))
 FRAME_RATES = {'demo': 25, 'lmspt_12_5hz': 12.5, 'lmspt_12_5hz_causal': 12.5, 'lmspt_12_5hz_fsq': 12.5,
                'lmspt_25hz': 25, 'lmspt_6_25hz': 6.25}
 SMALL_DISCRIMINATOR = DiscriminatorConfig(periods=(2,), fft_sizes=(512,), band_edges=(0.0, 1.0))
-MESH = AbstractMesh((4, 2), ('data', 'fsdp'), axis_types=(AxisType.Auto,) * 2)
+MESH = AbstractMesh((2, 2, 2), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 @pytest.fixture(autouse=True)
@@ -57,9 +58,8 @@ def experiment_of(config: ExperimentConfig, dims: WhisperDims):
   return experiment, experiment.abstract_state()
 
 
-def placed(tree, mesh: AbstractMesh):
+def placed(tree, shardings):
   """Shapes, with the shardings that training gives them."""
-  shardings = state_shardings(tree, mesh)
   return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
@@ -85,7 +85,9 @@ def test_release_turns_the_quirks_on(preset):
   fixed, release = preset('lmspt_12_5hz'), preset('lmspt_12_5hz', 'release')
   assert all(dataclasses.astuple(release.quirks))
   assert release.teacher.window == 'full' and fixed.teacher.window == 'crop'
-  assert dataclasses.replace(release, quirks=fixed.quirks, teacher=fixed.teacher) == fixed
+  assert (release.compute.dtype, release.train.ema_decay) == ('float32', 0)  # as the authors trained
+  assert dataclasses.replace(release, **{
+      part: getattr(fixed, part) for part in ('quirks', 'teacher', 'compute', 'train')}) == fixed
 
 
 def test_the_demo_takes_other_data(preset):
@@ -108,9 +110,12 @@ def test_the_whole_step_lowers_for_eight_chips(preset, name):
   batch = {'audio': jax.ShapeDtypeStruct((size, config.crop_samples), jnp.float32),
            'num_samples': jax.ShapeDtypeStruct((size,), jnp.int32)}
   batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(MESH, BATCH)) for key, x in batch.items()}
-  shardings = state_shardings(state, MESH)
-  step = jax.jit(make_train_step(experiment), donate_argnums=0, out_shardings=(shardings, None))
-  traced = step.trace(placed(state, MESH), placed(abstract_params(WhisperEncoder, dims), MESH), batch)
+  placement = Placement(config, MESH)
+  shardings = placement.shardings(state)
+  teacher = jax.eval_shape(lambda params: stored_params(params, config.compute), abstract_params(WhisperEncoder, dims))
+  step = jax.jit(make_train_step(experiment, shardings), donate_argnums=0, out_shardings=(shardings, None))
+  with jax.sharding.use_abstract_mesh(MESH):
+    traced = step.trace(placed(state, shardings), placed(teacher, placement.teacher(teacher)), batch)
 
   after, metrics = traced.out_info
   same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), after, state)
@@ -119,12 +124,13 @@ def test_the_whole_step_lowers_for_eight_chips(preset, name):
   assert all(total.shape == weight.shape == () for total, weight in metrics.values())
 
   text = traced.lower(lowering_platforms=('tpu',)).as_text()
-  assert '"data"=4, "fsdp"=2' in text and '{"data", "fsdp"}' in text and '{"fsdp"}' in text
+  assert '"data"=2, "fsdp"=2, "tensor"=2' in text and '{"data", "fsdp"}' in text and '{"fsdp", "tensor"}' in text
+  assert ('bf16' in text) == (config.compute.dtype == 'bfloat16')
 
-  # Split over two, a chip holds about half of the state: what can't be split is small.
+  # Split over four, a chip holds about a quarter of the state: what can't be split is small.
   whole, here = count(state), sum(
       math.prod(s.shard_shape(x.shape)) for x, s in zip(*map(jax.tree.leaves, (state, shardings)), strict=True))
-  assert whole / 2 <= here < 0.52 * whole
+  assert whole / 4 <= here < 0.28 * whole
 
 
 def test_12_5hz_is_the_releases_size(preset):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import json
 import os
+import random
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from kills import Watched, differences, kill_runs, logged
 from make_golden_step import DIMS, TINY, replaced, write_teacher
 
 from lmspt_jax.checkpoint import CheckpointStore
@@ -42,9 +44,9 @@ import gc, hashlib, os, sys
 gc.disable()  # a third of the time of tracing
 
 from lmspt_jax.cli.main import main
-from lmspt_jax.training import loop
+from lmspt_jax.training import setup
 
-training_batches = loop.training_batches
+training_batches = setup.training_batches
 
 
 class Recorded:
@@ -69,8 +71,9 @@ class Recorded:
     self.batches.close()
 
 
-loop.training_batches = Recorded
-sys.exit(main())
+if __name__ == '__main__':  # data workers import this file too
+  setup.training_batches = Recorded
+  sys.exit(main())
 """
 
 
@@ -121,7 +124,8 @@ def start(tmp_path_factory, repo):
     process = subprocess.Popen(
         [sys.executable, folder / 'driver.py', 'train', f'--config={folder / "config.py"}', f'--workdir={workdir}',
          *overrides],
-        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**environment, 'BATCH_LOG': str(log)})
+        stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**environment, 'BATCH_LOG': str(log)},
+        start_new_session=True)
     running.append(process)
     return Started(process, workdir, log)
 
@@ -179,9 +183,10 @@ def assert_same_end(run: Started, reference: Started, since: int) -> None:
 
 def rows(workdir: Path) -> list[dict[str, float]]:
   """metrics.jsonl without what a clock says; every step is in it once, in order."""
-  found = [json.loads(line) for line in (workdir / 'metrics.jsonl').read_text().splitlines()]
+  found = logged(workdir)
   assert [row['step'] for row in found] == list(range(1, STEPS + 1))
-  return [{key: value for key, value in row.items() if key != 'audio_seconds_per_second'} for row in found]
+  assert all(len(row) > 10 for row in found)
+  return found
 
 
 def kill_while_saving(run: Started, step: int) -> bool:
@@ -218,21 +223,36 @@ def test_killed_while_it_saves(start, in_one_go, tmp_path):
 
 
 def test_told_to_stop(start, in_one_go, tmp_path):
-  run = start(tmp_path / 'run')
-  metrics = run.workdir / 'metrics.jsonl'
+  run = start(tmp_path / 'run', '--config.data.num_workers=1')
+  metrics, folder = run.workdir / 'metrics.jsonl', run.workdir / 'checkpoints'
   run.wait_for(lambda: metrics.exists() and metrics.read_text().count('\n') >= 2)
-  run.process.terminate()
+  # As Slurm does it: all processes, the data workers too; and again while the state is being saved.
+  os.killpg(run.process.pid, signal.SIGTERM)
+  run.wait_for(lambda: any(path.name != str(EVERY) for path in folder.glob('*')))
+  os.killpg(run.process.pid, signal.SIGTERM)
   status, output = run.finish()
   assert status == 75, output
   (step,) = map(int, checkpoints(run.workdir))
   assert 2 <= step < STEPS and step != EVERY
-  assert f'stopped at step {step}, saved in {run.workdir}; run the same command again' in output
+  assert f'SIGTERM: stopped at step {step}, saved in {run.workdir}; run the same command again' in output
 
   again = start(run.workdir)
   status, output = again.finish()
   assert status == 0, output
   assert f'resuming at step {step}\n' in output
   assert_same_end(again, in_one_go, since=step)
+
+
+def test_killed_at_random_moments(start, in_one_go, tmp_path):
+  def begin(workdir: Path) -> Watched:
+    return Watched(start(workdir).process, workdir)
+
+  typical = {'start': 2.0, 'compile': 2.0, 'step': 0.1, 'save': 0.02}
+  kills, runs = kill_runs(begin, tmp_path, 5, random.Random(4), typical)
+  assert len(kills) == 5 and len({kill.phase for kill in kills}) >= 2, kills
+  for run in runs:
+    assert differences(run, in_one_go.workdir, STEPS) == []
+    assert checkpoints(run) == [str(EVERY), str(STEPS)]
 
 
 def test_a_run_that_was_killed_before_its_first_checkpoint_logs_from_the_beginning(tmp_path):

@@ -11,7 +11,8 @@ PACKAGE = Path(__file__).resolve().parent.parent / 'lmspt_jax'
 ROOMS = (
     ('errors', 'version', 'config', 'rng', 'audio'),
     ('models', 'losses', 'data'),
-    ('sharding', 'optim', 'checkpoint', 'metrics', 'convert'),  # convert: weights in and out, knows models alone
+    # convert: weights in and out, knows models alone
+    ('sharding', 'optim', 'checkpoint', 'metrics', 'convert', 'hosts', 'chips'),
     ('training',),
     ('evaluation', 'export', 'planning', 'slm', 'inference'),
     ('cli',),

@@ -27,7 +27,7 @@ from make_golden_step import (
 from lmspt_jax import metrics as metrics_lib
 from lmspt_jax import optim, rng
 from lmspt_jax.audio.mel import log_mel_spectrogram
-from lmspt_jax.config import MeshConfig, ModelConfig, OptimizerConfig, QuantizerConfig, QuirksConfig
+from lmspt_jax.config import ModelConfig, OptimizerConfig, QuantizerConfig, QuirksConfig
 from lmspt_jax.data.mixture import Mixture
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.losses.adversarial import discriminator_loss, feature_matching_loss, generator_adversarial_loss
@@ -40,9 +40,9 @@ from lmspt_jax.models.quantizers import (
   active_codebooks,
   nearest_codes,
 )
-from lmspt_jax.sharding import make_mesh, state_shardings
+from lmspt_jax.sharding import Placement, make_mesh
 from lmspt_jax.training import codebooks as codebook_rules
-from lmspt_jax.training import loop
+from lmspt_jax.training import setup
 from lmspt_jax.training.state import Experiment
 from lmspt_jax.training.step import make_train_step
 from lmspt_jax.training.teacher import FrozenTeacher, NoDistillation, make_distillation, pooling_weights
@@ -343,8 +343,9 @@ def test_dead_codes_decides_where_codebooks_start(fixed, on):
   config = replaced(TINY, quirks__dead_codes=on)
   experiment, state = Experiment(config, DIMS), fixed[1]
   experiment.init = lambda: state
-  mesh = make_mesh(MeshConfig(), config.data.batch_size)
-  fresh = loop._fresh_state(experiment, state_shardings(experiment.abstract_state(), mesh), mesh, Mixture(config.data))
+  mesh = make_mesh(config)
+  shardings = Placement(config, mesh).shardings(experiment.abstract_state())
+  fresh = setup.fresh_state(experiment, shardings, mesh, Mixture(config.data))
   batches = speech_batches(config, 2)
   codes_of = fast(lambda p, c, x: experiment.tokenizer(p, c).encode(x))
 
@@ -411,17 +412,16 @@ def care(codes_BTK, latents_BTKD, tables, *, quantizer, mask=None, step=0, num_s
                 for s, t in zip(states, tables, strict=True)]
   params = {'acoustic_quantizer': {'quantizers': {i: {'codebook': t} for i, t in enumerate(tables)}}}
   books = {'acoustic_quantizer': {'quantizers': dict(enumerate(states))}}
-  zero = jnp.zeros(())
   outputs = {
-      'acoustic': QuantizerOutput(zero, jnp.asarray(codes_BTK), jnp.asarray(latents_BTKD), zero, zero),
-      'semantic': QuantizerOutput(zero, jnp.zeros((B, T, 1), int), jnp.zeros((B, T, 1, 2)), zero, zero)}
+      'acoustic': codebook_rules.Drawn(jnp.asarray(codes_BTK), jnp.asarray(latents_BTKD)),
+      'semantic': codebook_rules.Drawn(jnp.zeros((B, T, 1), int), jnp.zeros((B, T, 1, 2)))}
   mask = jnp.ones((B, T)) if mask is None else jnp.asarray(mask, jnp.float32)
-  params, books, found = _update(
+  updated = _update(
       jax.random.key(seed), jnp.asarray(step), num_steps, model, quirks, params, books, outputs, mask)
-  after = [books['acoustic_quantizer']['quantizers'][i] for i in range(K)]
-  kept = params['acoustic_quantizer']['quantizers']
+  after = [updated.codebooks['acoustic_quantizer']['quantizers'][i] for i in range(K)]
+  kept = updated.params['acoustic_quantizer']['quantizers']
   tables = [after[i]['codebook'] if quantizer.kind == 'ema' else kept[i]['codebook'] for i in range(K)]
-  return tables, after, metrics_lib.result({k: v for k, v in found.items() if k.endswith('acoustic')})
+  return tables, after, metrics_lib.result({k: v for k, v in updated.metrics.items() if k.endswith('acoustic')})
 
 
 def test_pooled_usage_is_over_all_codebooks_and_never_falls():

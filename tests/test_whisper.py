@@ -18,6 +18,7 @@ import numpy as np
 import pytest
 import safetensors.numpy
 import soundfile
+from _whisper_arrays import named_arrays
 from flax import nnx
 from whisper_normalizer.english import EnglishTextNormalizer
 
@@ -149,8 +150,7 @@ def _params(dims=SMALL):
 def _named(params, rules, dims=SMALL):
   """A foreign state dict: parameters under a format's names and in its layout, with the encoder's positions."""
   out = {}
-  for key_path, value in jax.tree.leaves_with_path(params):
-    path = '/'.join(str(key.key) for key in key_path)
+  for path, value in named_arrays(params):
     out[convert.foreign_name(path, rules)] = np.ascontiguousarray(convert.foreign_layout(path, value))
   out[convert.foreign_name('encoder/positions', rules)] = whisper.sinusoids(dims.audio_context, dims.width)
   return out
@@ -158,8 +158,7 @@ def _named(params, rules, dims=SMALL):
 
 def _ctranslate2_variables(params):
   fused = {}
-  for key_path, value in jax.tree.leaves_with_path(params):
-    path = '/'.join(str(key.key) for key in key_path)
+  for path, value in named_arrays(params):
     name = convert.foreign_name(path, convert.CTRANSLATE2_NAMES)
     order = next((i for i, p in enumerate(('/query/', '/key/', '/value/')) if p in path), 0)
     fused.setdefault(name, {})[order] = convert.foreign_layout(path, value)

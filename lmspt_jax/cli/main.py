@@ -4,7 +4,8 @@ A verb is a module `lmspt_jax/cli/VERB.py` with `add_arguments(parser)` and `run
 when it is called, so `lmspt prepare` loads no jax and `lmspt --help` loads nothing.
 
 Exit status: 0 success; 1 a fault the user can mend (one line on stderr); 2 a command line that cannot be read;
-75 a training run that was told to stop, saved and can be resumed; 130 interrupted from the keyboard.
+75 a training run that was told to stop and saved, or that lost a host: to be started again; 130 interrupted from the
+keyboard.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lmspt_jax.cli import flags
-from lmspt_jax.errors import LmsptError, nearest
+from lmspt_jax.errors import EXIT_FAULT, EXIT_KEYBOARD, EXIT_USAGE, LmsptError, nearest
 from lmspt_jax.version import __version__
 
 VERBS = {
@@ -24,6 +25,7 @@ VERBS = {
     'prepare': 'audio and transcripts to shards',
     'encode': 'audio files to codes',
     'decode': 'codes to audio files',
+    'plan': 'compile for a TPU slice without one: memory, FLOPs, bytes, collectives',
     'info': 'versions and devices; what a model is',
 }
 
@@ -45,10 +47,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     return _run(list(sys.argv[1:] if argv is None else argv))
   except LmsptError as error:
     print(f'lmspt: error: {" ".join(str(error).split())}', file=sys.stderr)
-    return 2 if isinstance(error, UsageError) else 1
+    return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAULT
   except KeyboardInterrupt:
     print('lmspt: interrupted', file=sys.stderr)
-    return 130
+    return EXIT_KEYBOARD
 
 
 def _run(argv: list[str]) -> int:

@@ -14,6 +14,7 @@ from lmspt_jax.config.conversion import (
   to_dict,
 )
 from lmspt_jax.config.experiment import (
+  FLOAT32,
   AugmentConfig,
   ComputeConfig,
   CorpusConfig,
@@ -33,6 +34,7 @@ from lmspt_jax.config.model import (
 )
 
 __all__ = [
+  'FLOAT32',
   'AugmentConfig',
   'ComputeConfig',
   'CorpusConfig',

@@ -181,6 +181,9 @@ class ComputeConfig:
       require(getattr(self, key) in known, f'{name}.{key}', getattr(self, key), f'use one of {known}')
 
 
+FLOAT32 = ComputeConfig()  # inference: nothing rounded, nothing recomputed
+
+
 @dataclass(frozen=True)
 class TrainConfig:
   num_steps: int = 400_000

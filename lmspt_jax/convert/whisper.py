@@ -91,20 +91,7 @@ def load_whisper(uri: str, parts: Sequence[str] = ('encoder',)) -> WhisperCheckp
   unknown = set(parts) - set(PARTS)
   if unknown or not parts:
     raise ValueError(f'parts {tuple(parts)!r}: use some of {PARTS}')
-  kind, colon, rest = uri.partition(':')
-  if not colon or kind not in KINDS or not rest:
-    raise LmsptError(
-      f'Whisper checkpoint {uri!r}: use package:NAME, ctranslate2:PATH, hf:DIR, hf://org/name or openai:FILE'
-    )
-  if kind == 'package':
-    source = _open_package(rest)
-  elif kind == 'ctranslate2':
-    path = Path(rest)
-    source = _open_ctranslate2([path / 'model.bin' if path.is_dir() else path])
-  elif kind == 'openai':
-    source = _open_openai(Path(rest))
-  else:
-    source = _open_hugging_face(_fetch_from_hub(rest[2:]) if rest.startswith('//') else Path(rest))
+  source = _open(uri)
   return WhisperCheckpoint(
     dims=source.dims,
     params={part: _read_part(source, part) for part in PARTS if part in parts},
@@ -112,6 +99,27 @@ def load_whisper(uri: str, parts: Sequence[str] = ('encoder',)) -> WhisperCheckp
     source=uri,
     tokenizer_path=source.tokenizer_path,
   )
+
+
+def whisper_dims(uri: str) -> whisper.WhisperDims:
+  """Sizes alone, without reading weights into memory. Raises LmsptError as `load_whisper` does."""
+  return _open(uri).dims
+
+
+def _open(uri: str) -> _Source:
+  kind, colon, rest = uri.partition(':')
+  if not colon or kind not in KINDS or not rest:
+    raise LmsptError(
+      f'Whisper checkpoint {uri!r}: use package:NAME, ctranslate2:PATH, hf:DIR, hf://org/name or openai:FILE'
+    )
+  if kind == 'package':
+    return _open_package(rest)
+  if kind == 'ctranslate2':
+    path = Path(rest)
+    return _open_ctranslate2([path / 'model.bin' if path.is_dir() else path])
+  if kind == 'openai':
+    return _open_openai(Path(rest))
+  return _open_hugging_face(_fetch_from_hub(rest[2:]) if rest.startswith('//') else Path(rest))
 
 
 # ---------------------------------------------------------------- any format
@@ -136,13 +144,23 @@ def _read_part(source: _Source, part: str) -> dict[str, Any]:
   if foreign_name(f'{part}/blocks/{layers}/mlp_norm/scale', source.rules) in source.names:
     raise LmsptError(f'{source.path}: says {layers} {part} layers but holds more: its configuration is not its own')
 
-  def load(key_path: tuple[Any, ...], spec: jax.ShapeDtypeStruct) -> np.ndarray:
-    path = '/'.join([part, *(str(key.key) for key in key_path)])
-    value = np.ascontiguousarray(foreign_layout(path, source.read(path)))
-    _check_shape(source, path, value, spec.shape)
-    return value
+  params = jax.tree.map(lambda spec: np.empty(spec.shape, np.float32), whisper.abstract_params(module, source.dims))
 
-  params = jax.tree.map_with_path(load, whisper.abstract_params(module, source.dims))
+  def fill(tree: dict[str, Any], prefix: str, layer: int | None = None) -> None:
+    """`layer`: of arrays that are stacked; they are filled layer by layer, as files hold them."""
+    for key_path, target in jax.tree.leaves_with_path(tree):
+      path = '/'.join([prefix, *(str(key.key) for key in key_path)])
+      target = target if layer is None else target[layer]
+      value = foreign_layout(path, source.read(path))
+      _check_shape(source, path, value, target.shape)
+      target[...] = value
+
+  if part == 'encoder':
+    fill({name: tree for name, tree in params.items() if name != 'blocks'}, part)
+    for layer in range(layers):
+      fill(params['blocks'], f'{part}/blocks/{layer}', layer)
+  else:
+    fill(params, part)
   if part == 'encoder':
     # The model computes its positions. A file with learnt ones would silently be another model.
     stored = source.read('encoder/positions')

@@ -16,6 +16,7 @@ from lmspt_jax.data.mixture import Mixture
 from lmspt_jax.errors import LmsptError
 
 FILE_NAME = 'faults.jsonl'
+FAULT_KEYS = ('index', 'fault_record', 'fault_reason')  # of a batch, that the log looks at
 GRACE = 3  # examples that may fail before the rate is looked at
 _MAX_EXAMPLES = 1000  # listed of one record
 _FIELDS = ('uri', 'shard', 'name', 'reason', 'examples')
@@ -28,11 +29,11 @@ class FaultLog:
 
   The rate is examples whose own record failed over examples seen. It stops the run once it is past `max_rate` and
   more than GRACE examples failed, so that one bad record among the first ten is no verdict; with `max_rate` 0 the
-  first fault stops it. It sees this process's rows only: where several hosts train, all must stop together.
+  first fault stops it. Where several hosts train, each gives its log the whole batch, so that all stop together.
   """
 
   def __init__(self, max_rate: float, mixture: Mixture, folder: Path | None = None):
-    """`folder`: the workdir; what an interrupted run listed there is kept. None: nothing is written.
+    """`folder`: the workdir; what an interrupted run listed there is kept. None: nothing is written or logged.
 
     Raises LmsptError if the list there can't be read.
     """
@@ -48,7 +49,7 @@ class FaultLog:
         self._add(source.uri, fault.shard, fault.shard, fault.reason)
 
   def update(self, batch: dict[str, np.ndarray]) -> None:
-    """Takes `index`, `fault_record` and `fault_reason` of a batch. Raises LmsptError when the rate is passed."""
+    """Takes FAULT_KEYS of a batch. Raises LmsptError when the rate is passed."""
     records = batch['fault_record']
     self._seen += len(records)
     self._failed += int((records[:, 0] >= 0).sum())
@@ -76,9 +77,10 @@ class FaultLog:
       self._changed = False
 
   def _add(self, uri: str, shard: str, name: str, reason: str) -> dict[str, Any]:
-    if (uri, name) not in self._faults:
+    if (uri, name) not in self._faults and self._path:
       _log.warning('data %s: %s can\'t be used (%s)%s', uri, name, reason,
                    '' if shard == name and not self._seen else ', took its successor')
+    if (uri, name) not in self._faults:
       self._faults[uri, name] = {'uri': uri, 'shard': shard, 'name': name, 'reason': reason, 'examples': []}
     self._changed = True
     return self._faults[uri, name]

@@ -2,9 +2,8 @@
 
 Example i of a run is record `order[i]` of the mixture (every epoch of every group shuffled anew, the groups interleaved
 by their weights), cut at a place and augmented by draws from (seed, i). Batch b holds examples
-[b * batch_size, (b + 1) * batch_size), and process p of P holds rows [p * batch_size / P, (p + 1) * batch_size / P) of
-it: concatenated in process order, the batch is the same for any number of processes and of workers. A run resumes on
-any mesh by asking for `start_batch`; no iterator state exists.
+[b * batch_size, (b + 1) * batch_size), and a host makes the rows of it that its devices hold: the batch is the same for
+any number of hosts and of workers. A run resumes on any mesh by asking for `start_batch`; no iterator state exists.
 
 Grain is imported where it is used: it loads jax when jax is installed, and this module must not.
 """
@@ -16,7 +15,7 @@ import os
 import threading
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -86,6 +85,17 @@ class _CropExample:
     return self.augment(crop, self.sample_rate, Draws(self.seed, index)) if self.augment else crop
 
 
+class _HostExample:
+  """Example k of those that this host makes: row k % local of batch k // local. No other host's are decoded."""
+
+  def __init__(self, crop: _CropExample, rows: np.ndarray, batch_size: int):
+    self.crop, self.rows, self.batch_size = crop, rows, batch_size
+
+  def __call__(self, k: int) -> dict[str, np.ndarray]:
+    index = int(k // len(self.rows) * self.batch_size + self.rows[k % len(self.rows)])
+    return self.crop(index, self.crop.order[index])
+
+
 def _close(holder: list[Any]) -> None:
   holder.pop().close()
 
@@ -120,20 +130,20 @@ class Batches(Iterator[dict[str, np.ndarray]]):
 
 
 def training_batches(config: DataConfig, *, sample_rate: int, crop_samples: int, seed: int, start_batch: int = 0,
-                     process_index: int = 0, process_count: int = 1, mixture: Mixture | None = None) -> Batches:
-  """Endless random crops of `config.train`, this process's rows of each batch.
+                     rows: Sequence[int] | None = None, mixture: Mixture | None = None) -> Batches:
+  """Endless random crops of `config.train`, this host's rows of each batch.
 
   Args:
-    config: where the data is; `batch_size` counts rows over all processes.
+    config: where the data is; `batch_size` counts rows over all hosts.
     sample_rate: Hz of the crops; records are resampled to it.
     crop_samples: length of a crop at `sample_rate`.
     seed: with the position, decides everything.
     start_batch: global number of the first batch, e.g. the step a run resumes at.
-    process_index, process_count: this host and how many there are.
+    rows: which of each batch to make (`sharding.local_rows`), in this order; None makes all.
     mixture: that of `config`, if it is open already.
 
   Returns:
-    Batches of dictionaries, local = batch_size / process_count:
+    Batches of dictionaries, local = len(rows):
       audio float32 [local, crop_samples], zeros right of a record shorter than the crop;
       num_samples int32 [local], the samples that are not that padding;
       index int64 [local], global example numbers;
@@ -143,14 +153,12 @@ def training_batches(config: DataConfig, *, sample_rate: int, crop_samples: int,
       in the same order. Feed them to `FaultLog`.
 
   Raises:
-    LmsptError: a batch that does not divide, no data; later, MAX_FAULTS unusable records in a row, or a store that
-      could not be reached for a while.
+    LmsptError: rows outside of the batch, no data; later, MAX_FAULTS unusable records in a row, or a store that could
+      not be reached for a while.
   """
-  if process_count < 1 or config.batch_size % process_count:
-    raise LmsptError(f'config field data.batch_size = {config.batch_size}: must be divisible by the '
-                     f'{process_count} processes')
-  if not 0 <= process_index < process_count:
-    raise LmsptError(f'process_index = {process_index}: must be in [0, {process_count})')
+  rows = np.arange(config.batch_size) if rows is None else np.asarray(rows, np.int64)
+  if not len(rows) or rows.min() < 0 or rows.max() >= config.batch_size:
+    raise LmsptError(f'rows = {rows.tolist()}: must be in [0, {config.batch_size}), and at least one')
   if crop_samples < 1 or sample_rate < 1 or start_batch < 0:
     raise LmsptError(f'crop_samples = {crop_samples}, sample_rate = {sample_rate}, start_batch = {start_batch}: '
                      'must be positive, positive, and 0 or more')
@@ -160,13 +168,11 @@ def training_batches(config: DataConfig, *, sample_rate: int, crop_samples: int,
   from absl import flags
   if not flags.FLAGS.is_parsed():
     flags.FLAGS.mark_as_parsed()  # Grain's workers read flags of its own, which stay at their defaults
-  orders = [_shuffled(group, draw('order', seed) + number) for number, group in enumerate(mixture.groups)]
-  order = grain.MapDataset.mix(orders, [group.weight for group in mixture.groups]) if len(orders) > 1 else orders[0]
+  order = _order(mixture, seed)
   crop = _CropExample(mixture, order, from_config(config.augment), sample_rate=sample_rate, crop_samples=crop_samples,
                       seed=seed)
-  # Local batch m is examples [m * local, (m + 1) * local), so host p takes m = p, p + P, ...; nothing else is decoded.
-  batches = order.map_with_index(crop).batch(config.batch_size // process_count)
-  batches = batches[start_batch * process_count + process_index::process_count]
+  examples = grain.MapDataset.range(_MAX_EXAMPLES).map(_HostExample(crop, rows, config.batch_size))
+  batches = examples.batch(len(rows))[start_batch:]
   workers = config.num_workers
   # Elements are whole batches: Grain's default would hold 500 of them. Threads wait for stores, not for decoding.
   remote = any(storage.is_url(source.root) for source in mixture.sources)
@@ -179,6 +185,19 @@ def training_batches(config: DataConfig, *, sample_rate: int, crop_samples: int,
   return Batches(iter(dataset))
 
 
+def example_records(mixture: Mixture, seed: int, examples: Sequence[int]) -> list[int]:
+  """The record that each example of a run is drawn for; one that can't be used is replaced by a successor."""
+  order = _order(mixture, seed)
+  return [int(order[example]) for example in examples]
+
+
+def _order(mixture: Mixture, seed: int) -> Any:
+  """The record of every example, without end."""
+  import grain
+  orders = [_shuffled(group, draw('order', seed) + number) for number, group in enumerate(mixture.groups)]
+  return grain.MapDataset.mix(orders, [group.weight for group in mixture.groups]) if len(orders) > 1 else orders[0]
+
+
 def _shuffled(group: Group, seed: int) -> Any:
   """The records of a group, each once an epoch, without end."""
   import grain
@@ -187,10 +206,11 @@ def _shuffled(group: Group, seed: int) -> Any:
 
 
 def _start_worker(worker: int, workers: int) -> None:
-  """Runs in each worker: leave Ctrl-C to the parent, and never outlive it (Grain's workers would, after a kill)."""
+  """Runs in each worker: leave signals to the parent, and never outlive it (Grain's workers would, after a kill)."""
   import multiprocessing
   import signal
   signal.signal(signal.SIGINT, signal.SIG_IGN)
+  signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm tells all processes of a job; the parent needs us to stop well
   parent = multiprocessing.parent_process()
 
   def watch() -> None:

@@ -2,30 +2,35 @@
 
 DAC's networks (arXiv 2306.06546, section 3.1; PyPI `descript-audio-codec`, `dac.model.dac`) without DAC's output
 padding, as in the LM-SPT release.
+
+`dtype` is that of activations. Audio comes in and goes out, and latents go out, in float32: the convolutions there
+work in it. `remat` says what is recomputed in the backward pass: 'none', 'unit' (residual units) or 'block'.
 """
 
 from __future__ import annotations
 
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike as DType
 from jaxtyping import Array, Float
 
-from lmspt_jax.models.layers import Conv1d, ResidualUnit, Snake, Upsample1d
+from lmspt_jax.models.layers import Conv1d, ResidualUnit, Snake, Upsample1d, recomputed
 
 
 class EncoderBlock(nnx.Module):
   """Residual units, snake, and a strided convolution that doubles the channels."""
 
   def __init__(self, in_channels: int, out_channels: int, stride: int, dilations: tuple[int, ...], *, rngs: nnx.Rngs,
-               causal: bool = False):
-    self.units = nnx.List([ResidualUnit(in_channels, d, causal=causal, rngs=rngs) for d in dilations])
+               causal: bool = False, dtype: DType = jnp.float32, remat: str = 'none'):
+    self.units = nnx.List([ResidualUnit(in_channels, d, causal=causal, dtype=dtype, rngs=rngs) for d in dilations])
     self.snake = Snake(in_channels)
     self.conv = Conv1d(in_channels, out_channels, 2 * stride, stride=stride, padding=-(-stride // 2), causal=causal,
-                       rngs=rngs)
+                       dtype=dtype, rngs=rngs)
+    self.remat = remat
 
   def __call__(self, x_BTC: Float[Array, 'B T C']) -> Float[Array, 'B S O']:
     for unit in self.units:
-      x_BTC = unit(x_BTC)
+      x_BTC = recomputed(unit, self.remat == 'unit')(x_BTC)
     return self.conv(self.snake(x_BTC))
 
 
@@ -38,25 +43,28 @@ class Encoder(nnx.Module):
     latent_dim: width of the output.
     dilations: of a block's residual units.
     causal: no output depends on samples after the end of its frame.
+    dtype, remat: as the module says.
     rngs: stream `params`.
   """
 
   def __init__(self, channels: int, strides: tuple[int, ...], latent_dim: int, dilations: tuple[int, ...], *,
-               rngs: nnx.Rngs, causal: bool = False):
+               rngs: nnx.Rngs, causal: bool = False, dtype: DType = jnp.float32, remat: str = 'none'):
     self.conv_in = Conv1d(1, channels, 7, padding=3, causal=causal, rngs=rngs)
     blocks = []
     for stride in strides:
-      blocks.append(EncoderBlock(channels, 2 * channels, stride, dilations, causal=causal, rngs=rngs))
+      blocks.append(EncoderBlock(channels, 2 * channels, stride, dilations, causal=causal, dtype=dtype, remat=remat,
+                                 rngs=rngs))
       channels *= 2
     self.blocks = nnx.List(blocks)
     self.snake_out = Snake(channels)
     self.conv_out = Conv1d(channels, latent_dim, 3, padding=1, causal=causal, rngs=rngs)
+    self.dtype, self.remat = dtype, remat
 
   def __call__(self, audio_BN: Float[Array, 'B N']) -> Float[Array, 'B T C']:
     """N must be a multiple of the hop, else PyTorch's arithmetic drops the tail; the callers pad."""
-    x_BTC = self.conv_in(audio_BN[:, :, None])
+    x_BTC = self.conv_in(audio_BN[:, :, None]).astype(self.dtype)
     for block in self.blocks:
-      x_BTC = block(x_BTC)
+      x_BTC = recomputed(block, self.remat == 'block')(x_BTC)
     return self.conv_out(self.snake_out(x_BTC))
 
 
@@ -64,15 +72,16 @@ class DecoderBlock(nnx.Module):
   """Snake, a transposed convolution that halves the channels, and residual units."""
 
   def __init__(self, in_channels: int, out_channels: int, rate: int, dilations: tuple[int, ...], *, rngs: nnx.Rngs,
-               causal: bool = False):
+               causal: bool = False, dtype: DType = jnp.float32, remat: str = 'none'):
     self.snake = Snake(in_channels)
-    self.upsample = Upsample1d(in_channels, out_channels, rate, causal=causal, rngs=rngs)
-    self.units = nnx.List([ResidualUnit(out_channels, d, causal=causal, rngs=rngs) for d in dilations])
+    self.upsample = Upsample1d(in_channels, out_channels, rate, causal=causal, dtype=dtype, rngs=rngs)
+    self.units = nnx.List([ResidualUnit(out_channels, d, causal=causal, dtype=dtype, rngs=rngs) for d in dilations])
+    self.remat = remat
 
   def __call__(self, x_BTC: Float[Array, 'B T C']) -> Float[Array, 'B S O']:
     x_BTC = self.upsample(self.snake(x_BTC))
     for unit in self.units:
-      x_BTC = unit(x_BTC)
+      x_BTC = recomputed(unit, self.remat == 'unit')(x_BTC)
     return x_BTC
 
 
@@ -85,22 +94,25 @@ class Decoder(nnx.Module):
     rates: upsampling of each block.
     dilations: of a block's residual units.
     causal: no sample depends on later latents.
+    dtype, remat: as the module says.
     rngs: stream `params`.
   """
 
   def __init__(self, latent_dim: int, channels: int, rates: tuple[int, ...], dilations: tuple[int, ...], *,
-               rngs: nnx.Rngs, causal: bool = False):
-    self.conv_in = Conv1d(latent_dim, channels, 7, padding=3, causal=causal, rngs=rngs)
+               rngs: nnx.Rngs, causal: bool = False, dtype: DType = jnp.float32, remat: str = 'none'):
+    self.conv_in = Conv1d(latent_dim, channels, 7, padding=3, causal=causal, dtype=dtype, rngs=rngs)
     blocks = []
     for rate in rates:
-      blocks.append(DecoderBlock(channels, channels // 2, rate, dilations, causal=causal, rngs=rngs))
+      blocks.append(DecoderBlock(channels, channels // 2, rate, dilations, causal=causal, dtype=dtype, remat=remat,
+                                 rngs=rngs))
       channels //= 2
     self.blocks = nnx.List(blocks)
     self.snake_out = Snake(channels)
     self.conv_out = Conv1d(channels, 1, 7, padding=3, causal=causal, rngs=rngs)
+    self.remat = remat
 
   def __call__(self, z_BTC: Float[Array, 'B T C']) -> Float[Array, 'B N']:
     x_BTC = self.conv_in(z_BTC)
     for block in self.blocks:
-      x_BTC = block(x_BTC)
+      x_BTC = recomputed(block, self.remat == 'block')(x_BTC)
     return jnp.tanh(self.conv_out(self.snake_out(x_BTC)))[:, :, 0]

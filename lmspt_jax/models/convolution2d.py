@@ -23,6 +23,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax import lax
+from jax.typing import DTypeLike as DType
 from jaxtyping import Array, Float
 
 _AXES = ('NHWC', 'HWIO', 'NHWC')
@@ -102,23 +103,26 @@ class Conv2d(nnx.Module):
   float32 parameters `weight_v` [Hk, Wk, C / groups, O], `weight_g` [O] and `bias` [O]; the kernel is g * v / |v|, the
   norm over all axes but the output channel (arXiv 1602.07868; torch.nn.utils.weight_norm, dim=0). Kernel and bias
   start as PyTorch's do: uniform within 1 / sqrt(fan in). Zero padding keeps the size of H and, at stride 1, of W.
+  `dtype` is that of activations.
   """
 
   def __init__(self, in_channels: int, out_channels: int, kernel_size: tuple[int, int], *, rngs: nnx.Rngs,
-               stride: int = 1, groups: int = 1):
+               stride: int = 1, groups: int = 1, dtype: DType = jnp.float32):
     shape = (*kernel_size, in_channels // groups, out_channels)
     bound = 1 / math.sqrt(math.prod(shape[:3]))
     v_HWIO = jax.random.uniform(rngs.params(), shape, jnp.float32, -bound, bound)
     self.weight_v = nnx.Param(v_HWIO)
     self.weight_g = nnx.Param(_norm(v_HWIO))
     self.bias = nnx.Param(jax.random.uniform(rngs.params(), (out_channels,), jnp.float32, -bound, bound))
-    self.stride, self.groups = stride, groups
+    self.stride, self.groups, self.dtype = stride, groups, dtype
     self.padding = (kernel_size[0] // 2, kernel_size[1] // 2)
 
   def __call__(self, x_BHWC: Float[Array, 'B H W C']) -> Float[Array, 'B H V O']:
     v_HWIO = self.weight_v[...]
     kernel_HWIO = v_HWIO * (self.weight_g[...] / _norm(v_HWIO))
-    return convolution(x_BHWC, kernel_HWIO, self.stride, self.padding, self.groups) + self.bias[...]
+    y_BHVO = convolution(x_BHWC.astype(self.dtype), kernel_HWIO.astype(self.dtype), self.stride, self.padding,
+                         self.groups)
+    return (y_BHVO + self.bias[...]).astype(self.dtype)  # the bias' gradient is summed in float32
 
 
 def _norm(v_HWIO: Array) -> Array:

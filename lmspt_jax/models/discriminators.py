@@ -13,12 +13,14 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike as DType
 from jaxtyping import Array, Float
 
 from lmspt_jax.audio.resample import resample
 from lmspt_jax.audio.stft import stft
-from lmspt_jax.config import DiscriminatorConfig
+from lmspt_jax.config import FLOAT32, ComputeConfig, DiscriminatorConfig
 from lmspt_jax.models.convolution2d import Conv2d
+from lmspt_jax.models.layers import recomputed
 
 # (kernel, stride) of the multi-scale discriminator's layers; all but the first and last have groups of four channels.
 _SCALE_LAYERS = ((15, 1), (41, 4), (41, 4), (41, 4), (41, 4), (5, 1))
@@ -28,19 +30,24 @@ _RESAMPLE_EDGE = 26  # output samples that the resampler's filter reaches to one
 class Discriminators(nnx.Module):
   """All sub-discriminators of a config, in DAC's order: periods, rates, FFT sizes."""
 
-  def __init__(self, config: DiscriminatorConfig, sample_rate: int, *, rngs: nnx.Rngs):
-    """sample_rate in Hz; the weights do not depend on it, and of the computation only the multi-scale part would."""
-    self.sample_rate = sample_rate
+  def __init__(self, config: DiscriminatorConfig, sample_rate: int, *, rngs: nnx.Rngs,
+               compute: ComputeConfig = FLOAT32):
+    """sample_rate in Hz; the weights do not depend on it, and of the computation only the multi-scale part would.
+
+    `compute` decides the dtype of activations and whether they are recomputed in the backward pass; STFTs are float32.
+    """
+    self.sample_rate, self.recompute = sample_rate, compute.remat_discriminators == 'block'
+    options = dict(dtype=jnp.dtype(compute.dtype), rngs=rngs)
     self.discriminators = nnx.List(
-        [PeriodDiscriminator(period, config.period_channels, rngs=rngs) for period in config.periods]
-        + [ScaleDiscriminator(rate, config.scale_channels, rngs=rngs) for rate in config.rates]
-        + [ResolutionDiscriminator(size, config.stft_channels, config.band_edges, rngs=rngs)
+        [PeriodDiscriminator(period, config.period_channels, **options) for period in config.periods]
+        + [ScaleDiscriminator(rate, config.scale_channels, **options) for rate in config.rates]
+        + [ResolutionDiscriminator(size, config.stft_channels, config.band_edges, **options)
            for size in config.fft_sizes])
 
   def __call__(self, audio_BN: Float[Array, 'B N']) -> list[list[Array]]:
     """float32 audio -> one list of feature maps for each sub-discriminator, the last of each being the logits."""
     audio_BN = normalise(audio_BN)
-    return [discriminator(audio_BN) for discriminator in self.discriminators]
+    return [recomputed(discriminator, self.recompute)(audio_BN) for discriminator in self.discriminators]
 
 
 def normalise(audio_BN: Float[Array, 'B N']) -> Float[Array, 'B N']:
@@ -52,13 +59,14 @@ def normalise(audio_BN: Float[Array, 'B N']) -> Float[Array, 'B N']:
 class PeriodDiscriminator(nnx.Module):
   """Sees each of the `period` interleaved phases of the signal with one set of weights."""
 
-  def __init__(self, period: int, channels: tuple[int, ...], *, rngs: nnx.Rngs):
+  def __init__(self, period: int, channels: tuple[int, ...], *, rngs: nnx.Rngs, dtype: DType = jnp.float32):
     self.period = period
     widths = (1, *channels)
     last = len(channels) - 1
     self.convs = nnx.List([
-        Conv2d(widths[i], widths[i + 1], (1, 5), stride=3 if i < last else 1, rngs=rngs) for i in range(len(channels))])
-    self.conv_post = Conv2d(channels[-1], 1, (1, 3), rngs=rngs)
+        Conv2d(widths[i], widths[i + 1], (1, 5), stride=3 if i < last else 1, dtype=dtype, rngs=rngs)
+        for i in range(len(channels))])
+    self.conv_post = Conv2d(channels[-1], 1, (1, 3), dtype=dtype, rngs=rngs)
 
   def __call__(self, audio_BN: Float[Array, 'B N']) -> list[Float[Array, 'B P L C']]:
     # DAC adds a whole period when the length already is a multiple: kept, the logits' number depends on it.
@@ -71,13 +79,13 @@ class PeriodDiscriminator(nnx.Module):
 class ScaleDiscriminator(nnx.Module):
   """One-dimensional grouped convolutions over the signal resampled by 1 / rate."""
 
-  def __init__(self, rate: int, channels: tuple[int, ...], *, rngs: nnx.Rngs):
+  def __init__(self, rate: int, channels: tuple[int, ...], *, rngs: nnx.Rngs, dtype: DType = jnp.float32):
     self.rate = rate
     widths = (1, *channels)
     self.convs = nnx.List([
         Conv2d(widths[i], widths[i + 1], (1, kernel), stride=stride, groups=max(1, widths[i] // 4) if stride > 1 else 1,
-               rngs=rngs) for i, (kernel, stride) in enumerate(_SCALE_LAYERS)])
-    self.conv_post = Conv2d(channels[-1], 1, (1, 3), rngs=rngs)
+               dtype=dtype, rngs=rngs) for i, (kernel, stride) in enumerate(_SCALE_LAYERS)])
+    self.conv_post = Conv2d(channels[-1], 1, (1, 3), dtype=dtype, rngs=rngs)
 
   def __call__(self, audio_BN: Float[Array, 'B N']) -> list[Float[Array, 'B 1 T C']]:
     if self.rate > 1:
@@ -92,25 +100,56 @@ class ScaleDiscriminator(nnx.Module):
 class ResolutionDiscriminator(nnx.Module):
   """Real and imaginary part of one STFT, cut into frequency bands with a convolution stack each."""
 
-  def __init__(self, fft_size: int, channels: int, band_edges: tuple[float, ...], *, rngs: nnx.Rngs):
+  def __init__(self, fft_size: int, channels: int, band_edges: tuple[float, ...], *, rngs: nnx.Rngs,
+               dtype: DType = jnp.float32):
     self.fft_size = fft_size
     bins = fft_size // 2 + 1
     self.band_bins = tuple(int(edge * bins) for edge in band_edges)
     self.band_convs = nnx.List([
         nnx.List([
-            Conv2d(2, channels, (3, 9), rngs=rngs),
-            *(Conv2d(channels, channels, (3, 9), stride=2, rngs=rngs) for _ in range(3)),
-            Conv2d(channels, channels, (3, 3), rngs=rngs)]) for _ in self.band_bins[1:]])
-    self.conv_post = Conv2d(channels, 1, (3, 3), rngs=rngs)
+            Conv2d(2, channels, (3, 9), dtype=dtype, rngs=rngs),
+            *(Conv2d(channels, channels, (3, 9), stride=2, dtype=dtype, rngs=rngs) for _ in range(3)),
+            Conv2d(channels, channels, (3, 3), dtype=dtype, rngs=rngs)]) for _ in self.band_bins[1:]])
+    self.conv_post = Conv2d(channels, 1, (3, 3), dtype=dtype, rngs=rngs)
 
   def __call__(self, audio_BN: Float[Array, 'B N']) -> list[Float[Array, 'B T F C']]:
     spectrum_BTF = stft(audio_BN, self.fft_size, self.fft_size // 4, padding='match_stride')
     x_BTFC = jnp.stack([spectrum_BTF.real, spectrum_BTF.imag], axis=-1)
-    maps, bands = [], []
-    for convs, low, high in zip(self.band_convs, self.band_bins[:-1], self.band_bins[1:], strict=True):
-      maps += _activations(convs, x_BTFC[:, :, low:high])
-      bands.append(maps[-1])
-    return [*maps, self.conv_post(jnp.concatenate(bands, axis=2))]
+    by_band = jax.lax.platform_dependent(x_BTFC, cpu=self._one_by_one, default=self._scanned)
+    last = jnp.concatenate([maps[-1] for maps in by_band], axis=2)
+    return [*(each for maps in by_band for each in maps), self.conv_post(last)]
+
+  def _one_by_one(self, x_BTFC: Array) -> list[list[Array]]:
+    return [_activations(convs, x_BTFC[:, :, low:high])
+            for convs, low, high in zip(self.band_convs, self.band_bins[:-1], self.band_bins[1:], strict=True)]
+
+  def _scanned(self, x_BTFC: Array) -> list[list[Array]]:
+    """The same as one scan over bands, all as wide as the widest, with zeros where the others' own padding is.
+
+    For accelerators: a TPU's compiler takes minutes for five bands of convolutions of different widths.
+    """
+    widths = [[high - low] for low, high in zip(self.band_bins[:-1], self.band_bins[1:], strict=True)]
+    for layers in widths:
+      for conv in self.band_convs[0]:
+        layers.append((layers[-1] - 1) // conv.stride + 1)
+    widest = max(layers[0] for layers in widths)
+    inputs = [jnp.pad(x_BTFC[:, :, low : low + layers[0]], ((0, 0), (0, 0), (0, widest - layers[0]), (0, 0)))
+              for low, layers in zip(self.band_bins, widths, strict=False)]
+    graphdef = nnx.graphdef(self.band_convs[0])
+    params = jax.tree.map(lambda *bands: jnp.stack(bands), *(nnx.state(convs) for convs in self.band_convs))
+
+    def run(_, band):
+      params, x_BTFC, width_L = band
+      maps = []
+      for conv, width in zip(nnx.merge(graphdef, params), width_L, strict=True):
+        x_BTFC = jax.nn.leaky_relu(conv(x_BTFC), 0.1)
+        x_BTFC = jnp.where((jnp.arange(x_BTFC.shape[2]) < width)[:, None], x_BTFC, 0)
+        maps.append(x_BTFC)
+      return None, maps
+
+    _, stacked = jax.lax.scan(run, None, (params, jnp.stack(inputs), jnp.array([layers[1:] for layers in widths])))
+    return [[each[band][:, :, :width] for each, width in zip(stacked, layers[1:], strict=True)]
+            for band, layers in enumerate(widths)]
 
 
 def _activations(convs: nnx.List, x_BHWC: Array) -> list[Array]:

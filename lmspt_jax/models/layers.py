@@ -7,15 +7,20 @@ the kernel is g * v / |v|, the norm taken over every axis but PyTorch's first. T
 convolution and the *input* channel of a transposed one (arXiv 1602.07868; torch.nn.utils.weight_norm, dim=0).
 
 Kernels start as PyTorch's convolutions do, uniform within 1/sqrt(fan in); biases start at 0.
+
+`dtype` is that of activations; parameters are float32, and so are normalised kernels and Snake's arithmetic.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.typing import DTypeLike as DType
 from jaxtyping import Array, Float
 
 # A TPU multiplies float32 in bfloat16 unless told otherwise, which would change which code is nearest.
@@ -35,15 +40,41 @@ def normalised_kernel(v_KIO: Array, g: Array, axis: int) -> Array:
   return v_KIO * (g.reshape(shape) / jnp.sqrt(jnp.sum(jnp.square(v_KIO), axis=others, keepdims=True)))
 
 
+@jax.custom_vjp
+def snake(x: Array, alpha: Float[Array, 'C']) -> Array:
+  """x + sin^2(alpha x) / alpha in float32, in the dtype of x. Differentiable once, in reverse mode.
+
+  Its gradient is computed from x alone: what automatic differentiation would keep (sine, cosine, their products) is
+  several times the memory of the activations.
+  """
+  return _snake_forward(x, alpha)[0]
+
+
+def _snake_forward(x, alpha):
+  wide = x.astype(jnp.float32)
+  return (wide + jnp.square(jnp.sin(alpha * wide)) / (alpha + 1e-9)).astype(x.dtype), (x, alpha)
+
+
+def _snake_backward(saved, grad):
+  x, alpha = saved
+  wide, grad_wide = x.astype(jnp.float32), grad.astype(jnp.float32)
+  sine, double = jnp.sin(alpha * wide), jnp.sin(2 * alpha * wide)
+  x_grad = grad_wide * (1 + double * (alpha / (alpha + 1e-9)))
+  alpha_grad = grad_wide * (wide * double - jnp.square(sine) / (alpha + 1e-9)) / (alpha + 1e-9)
+  return x_grad.astype(x.dtype), jnp.sum(alpha_grad, axis=tuple(range(x.ndim - 1)))
+
+
+snake.defvjp(_snake_forward, _snake_backward)
+
+
 class Snake(nnx.Module):
-  """x + sin^2(alpha x) / alpha with a learnt alpha per channel (arXiv 2006.08195)."""
+  """`snake` with a learnt alpha per channel (arXiv 2006.08195)."""
 
   def __init__(self, channels: int):
     self.alpha = nnx.Param(jnp.ones((channels,), jnp.float32))
 
   def __call__(self, x_BTC: Float[Array, 'B T C']) -> Float[Array, 'B T C']:
-    alpha = self.alpha[...]
-    return x_BTC + jnp.square(jnp.sin(alpha * x_BTC)) / (alpha + 1e-9)
+    return snake(x_BTC, self.alpha[...])
 
 
 class Conv1d(nnx.Module):
@@ -54,19 +85,20 @@ class Conv1d(nnx.Module):
   """
 
   def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, rngs: nnx.Rngs, stride: int = 1,
-               dilation: int = 1, padding: int = 0, causal: bool = False):
+               dilation: int = 1, padding: int = 0, causal: bool = False, dtype: DType = jnp.float32):
     v_KIO = _uniform(rngs.params(), (kernel_size, in_channels, out_channels), in_channels * kernel_size)
     self.weight_v = nnx.Param(v_KIO)
     self.weight_g = nnx.Param(jnp.sqrt(jnp.sum(jnp.square(v_KIO), axis=(0, 1))))
     self.bias = nnx.Param(jnp.zeros((out_channels,), jnp.float32))
     self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
-    self.padding, self.causal = padding, causal
+    self.padding, self.causal, self.dtype = padding, causal, dtype
 
   def __call__(self, x_BTC: Float[Array, 'B T C']) -> Float[Array, 'B S O']:
-    kernel_KIO = normalised_kernel(self.weight_v[...], self.weight_g[...], axis=2)
+    x_BTC = x_BTC.astype(self.dtype)
+    kernel_KIO = normalised_kernel(self.weight_v[...], self.weight_g[...], axis=2).astype(self.dtype)
     if self.kernel_size == 1 and self.stride == 1:
       y_BSO = jnp.einsum('btc,co->bto', x_BTC, kernel_KIO[0], precision=PRECISION)
-      return y_BSO + self.bias[...]
+      return (y_BSO + self.bias[...]).astype(self.dtype)
     padding = (self.padding, self.padding)
     if self.causal:
       reach = (self.kernel_size - 1) * self.dilation + 1
@@ -74,7 +106,7 @@ class Conv1d(nnx.Module):
     y_BSO = jax.lax.conv_general_dilated(
         x_BTC, kernel_KIO, (self.stride,), [padding], rhs_dilation=(self.dilation,),
         dimension_numbers=('NWC', 'WIO', 'NWC'), precision=PRECISION)
-    return y_BSO + self.bias[...]
+    return (y_BSO + self.bias[...]).astype(self.dtype)  # the bias' gradient is summed in float32
 
 
 class Upsample1d(nnx.Module):
@@ -84,19 +116,20 @@ class Upsample1d(nnx.Module):
   arithmetic). Causal: rate steps are trimmed on the right.
   """
 
-  def __init__(self, in_channels: int, out_channels: int, rate: int, *, rngs: nnx.Rngs, causal: bool = False):
+  def __init__(self, in_channels: int, out_channels: int, rate: int, *, rngs: nnx.Rngs, causal: bool = False,
+               dtype: DType = jnp.float32):
     # PyTorch reads a transposed kernel's fan in off its second axis, the output channels.
     v_KIO = _uniform(rngs.params(), (2 * rate, in_channels, out_channels), out_channels * 2 * rate)
     self.weight_v = nnx.Param(v_KIO)
     self.weight_g = nnx.Param(jnp.sqrt(jnp.sum(jnp.square(v_KIO), axis=(0, 2))))
     self.bias = nnx.Param(jnp.zeros((out_channels,), jnp.float32))
-    self.rate, self.causal = rate, causal
+    self.rate, self.causal, self.dtype = rate, causal, dtype
 
   def __call__(self, x_BTC: Float[Array, 'B T C']) -> Float[Array, 'B S O']:
-    kernel_KIO = normalised_kernel(self.weight_v[...], self.weight_g[...], axis=1)
-    y_BSO = transposed_convolution(x_BTC, kernel_KIO, self.rate)
+    kernel_KIO = normalised_kernel(self.weight_v[...], self.weight_g[...], axis=1).astype(self.dtype)
+    y_BSO = transposed_convolution(x_BTC.astype(self.dtype), kernel_KIO, self.rate)
     start, stop = (0, self.rate) if self.causal else (-(-self.rate // 2),) * 2
-    return y_BSO[:, start : y_BSO.shape[1] - stop] + self.bias[...]
+    return (y_BSO[:, start : y_BSO.shape[1] - stop] + self.bias[...]).astype(self.dtype)
 
 
 def transposed_convolution(x_BTC: Array, kernel_KIO: Array, rate: int) -> Array:
@@ -130,11 +163,13 @@ def _upsample_by_dilation(x_BTC: Array, kernel_KIO: Array, rate: int) -> Array:
 class ResidualUnit(nnx.Module):
   """snake, convolution with 7 dilated taps, snake, pointwise convolution, plus the input."""
 
-  def __init__(self, channels: int, dilation: int, *, rngs: nnx.Rngs, causal: bool = False):
+  def __init__(self, channels: int, dilation: int, *, rngs: nnx.Rngs, causal: bool = False,
+               dtype: DType = jnp.float32):
     self.snake_in = Snake(channels)
-    self.conv_in = Conv1d(channels, channels, 7, dilation=dilation, padding=3 * dilation, causal=causal, rngs=rngs)
+    self.conv_in = Conv1d(channels, channels, 7, dilation=dilation, padding=3 * dilation, causal=causal, dtype=dtype,
+                          rngs=rngs)
     self.snake_out = Snake(channels)
-    self.conv_out = Conv1d(channels, channels, 1, causal=causal, rngs=rngs)
+    self.conv_out = Conv1d(channels, channels, 1, causal=causal, dtype=dtype, rngs=rngs)
 
   def __call__(self, x_BTC: Float[Array, 'B T C']) -> Float[Array, 'B T C']:
     return x_BTC + self.conv_out(self.snake_out(self.conv_in(self.snake_in(x_BTC))))
@@ -144,3 +179,8 @@ def fit_length(x_BN: Float[Array, 'B M'], num_samples: int) -> Float[Array, 'B N
   """Cuts the end, or pads it with zeros: odd rates make a decoder come out a few samples short."""
   missing = num_samples - x_BN.shape[1]
   return jnp.pad(x_BN, ((0, 0), (0, missing))) if missing > 0 else x_BN[:, :num_samples]
+
+
+def recomputed(module: Callable[[Array], Any], wanted: bool) -> Callable[[Array], Any]:
+  """`module`, of whose forward pass only the input is kept for the backward pass if `wanted`."""
+  return jax.checkpoint(lambda x: module(x)) if wanted else module

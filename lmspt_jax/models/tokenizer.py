@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from flax import nnx, struct
 from jaxtyping import Array, Float, Int
 
-from lmspt_jax.config import ModelConfig
+from lmspt_jax.config import FLOAT32, ComputeConfig, ModelConfig
 from lmspt_jax.models.codec import Decoder, Encoder
 from lmspt_jax.models.layers import fit_length
 from lmspt_jax.models.quantizers import CodebookState, QuantizerOutput, ResidualQuantizer
@@ -36,18 +36,20 @@ class TokenizerOutput:
 class SpeechTokenizer(nnx.Module):
   """LM-SPT's codec: two encoders, a split quantizer, a main and an auxiliary decoder (arXiv 2506.16738)."""
 
-  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs):
+  def __init__(self, config: ModelConfig, *, rngs: nnx.Rngs, compute: ComputeConfig = FLOAT32):
+    """`compute` decides dtype and recomputation in encoders and decoders; quantizers always work in float32."""
+    options = dict(causal=config.causal, dtype=jnp.dtype(compute.dtype), remat=compute.remat_codec, rngs=rngs)
     encoder = lambda: Encoder(config.encoder_channels, config.encoder_strides, config.latent_dim, config.dilations,
-                              causal=config.causal, rngs=rngs)
+                              **options)
     self.semantic_encoder = encoder()
     if not config.shared_encoder:
       self.acoustic_encoder = encoder()
     self.semantic_quantizer = ResidualQuantizer(config.latent_dim, config.semantic, rngs=rngs)
     self.acoustic_quantizer = ResidualQuantizer(config.latent_dim, config.acoustic, rngs=rngs)
     self.decoder = Decoder(config.latent_dim, config.decoder_channels, config.decoder_rates, config.dilations,
-                           causal=config.causal, rngs=rngs)
+                           **options)
     self.resynthesis_decoder = Decoder(config.latent_dim, config.resynthesis_channels, config.resynthesis_rates,
-                                       config.dilations, causal=config.causal, rngs=rngs)
+                                       config.dilations, **options)
     self.config = config
 
   def __call__(self, audio_BN: Float[Array, 'B N'], *, active_B: Int[Array, 'B'] | None = None,

@@ -1,8 +1,10 @@
 """Whisper in Flax NNX (arXiv 2212.04356): the frozen teacher's encoder, and the decoder that scores transcripts.
 
 Axis letters: B batch, T mel frames or encoder positions, F mel bands, L text tokens, S cached tokens, D width,
-H heads, V vocabulary. Everything is float32. Modules are used functionally: `bind` puts parameters (a jit argument)
-into a module inside the traced function, and nothing is random or mutable after construction.
+H heads, V vocabulary. Everything is float32, but for an encoder that is asked for another dtype: then its products
+are of that, norms, softmax and the sums over blocks stay float32. Modules are used functionally: `bind` puts
+parameters (a jit argument) into a module inside the traced function, and nothing is random or mutable after
+construction.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.typing import DTypeLike as DType
 
 
 @dataclass(frozen=True)
@@ -69,18 +72,18 @@ def sinusoids(length: int, width: int) -> np.ndarray:
 
 def _norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
   # The fast variance, E[x^2] - E[x]^2, loses digits on Whisper's few very large channels.
-  return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, rngs=rngs)
+  return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
 
 
 class Attention(nnx.Module):
   """Multi-head attention, split so that keys and values can be cached. The key projection has no bias."""
 
-  def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+  def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: DType = jnp.float32):
     self.heads = heads
-    self.query = nnx.Linear(width, width, rngs=rngs)
-    self.key = nnx.Linear(width, width, use_bias=False, rngs=rngs)
-    self.value = nnx.Linear(width, width, rngs=rngs)
-    self.out = nnx.Linear(width, width, rngs=rngs)
+    self.query = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+    self.key = nnx.Linear(width, width, use_bias=False, dtype=dtype, rngs=rngs)
+    self.value = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
+    self.out = nnx.Linear(width, width, dtype=dtype, rngs=rngs)
 
   def keys_values(self, x_BTD: Array) -> tuple[Array, Array]:
     """[B, T, D] -> keys and values, each [B, H, T, D / H]: heads first, so that no product transposes them."""
@@ -92,7 +95,8 @@ class Attention(nnx.Module):
     scores_BHLS = jnp.matmul(q_BHLd * q_BHLd.shape[-1] ** -0.5, jnp.swapaxes(k_BHSd, 2, 3))
     if mask_LS is not None:
       scores_BHLS = jnp.where(mask_LS, scores_BHLS, -jnp.inf)
-    mixed_BHLd = jnp.matmul(jax.nn.softmax(scores_BHLS, axis=-1), v_BHSd)
+    shares_BHLS = jax.nn.softmax(scores_BHLS.astype(jnp.float32), axis=-1).astype(v_BHSd.dtype)
+    mixed_BHLd = jnp.matmul(shares_BHLS, v_BHSd)
     return self.out(jnp.swapaxes(mixed_BHLd, 1, 2).reshape(x_BLD.shape))
 
   def _split(self, x_BTD: Array) -> Array:
@@ -102,9 +106,9 @@ class Attention(nnx.Module):
 class FeedForward(nnx.Module):
   """Two layers with an exact GELU between, four times as wide."""
 
-  def __init__(self, width: int, *, rngs: nnx.Rngs):
-    self.up = nnx.Linear(width, 4 * width, rngs=rngs)
-    self.down = nnx.Linear(4 * width, width, rngs=rngs)
+  def __init__(self, width: int, *, rngs: nnx.Rngs, dtype: DType = jnp.float32):
+    self.up = nnx.Linear(width, 4 * width, dtype=dtype, rngs=rngs)
+    self.down = nnx.Linear(4 * width, width, dtype=dtype, rngs=rngs)
 
   def __call__(self, x_BTD: Array) -> Array:
     return self.down(jax.nn.gelu(self.up(x_BTD), approximate=False))
@@ -113,11 +117,11 @@ class FeedForward(nnx.Module):
 class EncoderBlock(nnx.Module):
   """Pre-norm transformer block, [B, T, D] -> [B, T, D]."""
 
-  def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs):
+  def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: DType = jnp.float32):
     self.attention_norm = _norm(width, rngs)
-    self.attention = Attention(width, heads, rngs=rngs)
+    self.attention = Attention(width, heads, dtype=dtype, rngs=rngs)
     self.mlp_norm = _norm(width, rngs)
-    self.mlp = FeedForward(width, rngs=rngs)
+    self.mlp = FeedForward(width, dtype=dtype, rngs=rngs)
 
   def __call__(self, x_BTD: Array) -> Array:
     y_BTD = self.attention_norm(x_BTD)
@@ -126,17 +130,28 @@ class EncoderBlock(nnx.Module):
 
 
 class WhisperEncoder(nnx.Module):
-  """Log-mel to features at half its frame rate (50 Hz)."""
+  """Log-mel to features at half its frame rate (50 Hz).
 
-  def __init__(self, dims: WhisperDims, *, rngs: nnx.Rngs):
-    self.audio_context = dims.audio_context
-    self.conv1 = nnx.Conv(dims.n_mels, dims.width, kernel_size=(3,), padding=1, rngs=rngs)
-    self.conv2 = nnx.Conv(dims.width, dims.width, kernel_size=(3,), strides=2, padding=1, rngs=rngs)
-    self.blocks = nnx.List([EncoderBlock(dims.width, dims.heads, rngs=rngs) for _ in range(dims.audio_layers)])
+  The blocks' parameters are stacked, their first axis is the layer, and one scan runs over them: 32 layers compile,
+  and are gathered over a mesh, as one.
+
+  Args:
+    dims: sizes.
+    rngs: stream `params`.
+    dtype: of the products.
+    remat: of a block's forward pass only the input is kept for the backward pass.
+  """
+
+  def __init__(self, dims: WhisperDims, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, remat: bool = False):
+    self.audio_context, self.remat = dims.audio_context, remat
+    self.conv1 = nnx.Conv(dims.n_mels, dims.width, kernel_size=(3,), padding=1, dtype=dtype, rngs=rngs)
+    self.conv2 = nnx.Conv(dims.width, dims.width, kernel_size=(3,), strides=2, padding=1, dtype=dtype, rngs=rngs)
+    blocks = [nnx.split(EncoderBlock(dims.width, dims.heads, dtype=dtype, rngs=rngs)) for _ in range(dims.audio_layers)]
+    self.blocks = nnx.merge(blocks[0][0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *(s for _, s in blocks)))
     self.norm = _norm(dims.width, rngs)
 
   def __call__(self, mel_BTF: Array) -> Array:
-    """float32 log-mel [B, T, n_mels] at 100 Hz -> [B, ceil(T / 2), width].
+    """float32 log-mel [B, T, n_mels] at 100 Hz -> float32 [B, ceil(T / 2), width].
 
     A crop shorter than 30 s takes the first ceil(T / 2) positions and attends to itself only. Raises ValueError for
     more than 2 * audio_context frames.
@@ -145,10 +160,15 @@ class WhisperEncoder(nnx.Module):
     if positions > self.audio_context:
       raise ValueError(f'{mel_BTF.shape[1]} mel frames are more than the {2 * self.audio_context} the encoder takes')
     x_BTD = jax.nn.gelu(self.conv1(mel_BTF), approximate=False)
-    x_BTD = jax.nn.gelu(self.conv2(x_BTD), approximate=False)
+    x_BTD = jax.nn.gelu(self.conv2(x_BTD), approximate=False).astype(jnp.float32)
     x_BTD = x_BTD + sinusoids(self.audio_context, x_BTD.shape[-1])[:positions]
-    for block in self.blocks:
-      x_BTD = block(x_BTD)
+    graphdef, layers = nnx.split(self.blocks)
+
+    def run(x_BTD: Array, layer: nnx.State) -> tuple[Array, None]:
+      return nnx.merge(graphdef, layer)(x_BTD), None
+
+    # Inside a scan nothing is merged with the forward pass: no barrier against it is needed.
+    x_BTD, _ = jax.lax.scan(jax.checkpoint(run, prevent_cse=False) if self.remat else run, x_BTD, layers)
     return self.norm(x_BTD)
 
 
@@ -251,8 +271,8 @@ class Whisper(nnx.Module):
 
 
 @functools.lru_cache(maxsize=32)
-def _abstract(module: type[nnx.Module], dims: WhisperDims) -> tuple[nnx.GraphDef, nnx.State]:
-  return nnx.split(nnx.eval_shape(lambda: module(dims, rngs=nnx.Rngs(0))))
+def _abstract(module: type[nnx.Module], dims: WhisperDims, **options: Any) -> tuple[nnx.GraphDef, nnx.State]:
+  return nnx.split(nnx.eval_shape(lambda: module(dims, rngs=nnx.Rngs(0), **options)))
 
 
 def abstract_params(module: type[nnx.Module], dims: WhisperDims) -> dict[str, Any]:
@@ -260,13 +280,13 @@ def abstract_params(module: type[nnx.Module], dims: WhisperDims) -> dict[str, An
   return nnx.to_pure_dict(_abstract(module, dims)[1])
 
 
-def bind(module: type[nnx.Module], dims: WhisperDims, params: dict[str, Any]) -> Any:
+def bind(module: type[nnx.Module], dims: WhisperDims, params: dict[str, Any], **options: Any) -> Any:
   """The module with these parameters: call it inside the jitted function whose argument they are.
 
   `module` is WhisperEncoder, WhisperDecoder or Whisper; `params` is nested as `abstract_params` says (a checkpoint's
-  params['encoder'], params['decoder'], or all of params).
+  params['encoder'], params['decoder'], or all of params), `options` the module's own (dtype, remat).
   """
-  graphdef, state = _abstract(module, dims)
+  graphdef, state = _abstract(module, dims, **options)
   if jax.tree.structure(params) != jax.tree.structure(nnx.to_pure_dict(state)):
     raise ValueError(f'parameters do not have the structure of a {module.__name__} with {dims}')
   state = jax.tree.map(lambda leaf: leaf, state)  # the cached one is shared by all callers

@@ -15,12 +15,40 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from flax import struct
 from jaxtyping import Array, Float, Int
 
 from lmspt_jax.config import ModelConfig, QuantizerConfig, QuirksConfig
-from lmspt_jax.models.quantizers import QuantizerOutput, nearest_codes
+from lmspt_jax.models.quantizers import nearest_codes
 
 PARTS = {'semantic': 'semantic_quantizer', 'acoustic': 'acoustic_quantizer'}
+
+
+@struct.dataclass
+class Drawn:
+  """What a residual quantizer drew for the global batch: codes int32 [B, T, K] and latents float32 [B, T, K, D]."""
+
+  codes: Array
+  latents: Array
+
+
+@struct.dataclass
+class Updated:
+  """What `update` returns.
+
+  Attributes:
+    params, codebooks: tokenizer parameters and codebook states, changed.
+    metrics: per part `usage_PART`, share of a codebook's codes drawn in this global batch, and `perplexity_PART`, both
+      averaged over its codebooks. With `quirks.pooled_usage`, usage is the release's: codes that any codebook has ever
+      drawn.
+    revived: by each codebook's path in {'params', 'codebooks'}, which of its codes were replaced: bool [S], or None
+      where none ever is.
+  """
+
+  params: dict[str, Any]
+  codebooks: dict[str, Any]
+  metrics: dict[str, tuple[Array, Array]]
+  revived: dict[tuple[Any, ...], Array | None]
 
 
 def count_codes(codes_BT: Int[Array, 'B T'], mask_BT: Float[Array, 'B T'], size: int) -> Float[Array, 'S']:
@@ -94,13 +122,8 @@ def initialise(key: Array, config: ModelConfig, params: dict[str, Any], codebook
 
 
 def update(key: Array, step: Array, num_steps: int, config: ModelConfig, quirks: QuirksConfig, params: dict[str, Any],
-           codebooks: dict[str, Any], outputs: dict[str, QuantizerOutput], mask_BT: Float[Array, 'B T'],
-           ) -> tuple[dict[str, Any], dict[str, Any], dict[str, tuple[Array, Array]]]:
-  """After the optimizer: statistics, moving averages, revival; returns parameters, states and metrics.
-
-  Metrics per part: `usage_PART`, share of a codebook's codes drawn in this global batch, and `perplexity_PART`, both
-  averaged over its codebooks. With `quirks.pooled_usage`, usage is the release's: codes that any codebook has ever
-  drawn.
+           codebooks: dict[str, Any], outputs: dict[str, Drawn], mask_BT: Float[Array, 'B T']) -> Updated:
+  """After the optimizer: statistics, moving averages, revival.
 
   Args:
     key: this step's randomness.
@@ -110,10 +133,10 @@ def update(key: Array, step: Array, num_steps: int, config: ModelConfig, quirks:
     quirks: the release's faults that are on.
     params: tokenizer parameters after the optimizer's update.
     codebooks: states before this step.
-    outputs: what the quantizers returned in this step.
+    outputs: what the quantizers drew in this step.
     mask_BT: 1 for frames of real audio.
   """
-  metrics = {}
+  metrics, revived = {}, {}
   for part, name in PARTS.items():
     quantizer: QuantizerConfig = getattr(config, part)
     output = outputs[part]
@@ -135,6 +158,7 @@ def update(key: Array, step: Array, num_steps: int, config: ModelConfig, quirks:
       table_SD = params[name]['quantizers'][i]['codebook'] if quantizer.kind == 'vq' else state['codebook']
       if quantizer.kind == 'ema':
         state, table_SD = _moving_average(quantizer, state, codes_BT, latents_BTD, mask_BT)
+      dead_S = None
       if quantizer.revive_below > 0 and not quirks.dead_codes and not quirks.pooled_usage:
         due = (step % quantizer.revive_every == quantizer.revive_every - 1) & (
             step < quantizer.revive_until * num_steps)
@@ -149,11 +173,12 @@ def update(key: Array, step: Array, num_steps: int, config: ModelConfig, quirks:
         params = _replace(params, (name, 'quantizers', i, 'codebook'), table_SD)
       else:
         state['codebook'] = table_SD
+      revived['params' if quantizer.kind == 'vq' else 'codebooks', name, 'quantizers', i, 'codebook'] = dead_S
       codebooks = _replace(codebooks, (name, 'quantizers', i), state)
     usage = jnp.mean(jnp.any(jnp.stack(ever), axis=0)) if ever else jnp.mean(jnp.stack(drawn))
     metrics[f'usage_{part}'] = (usage, jnp.ones(()))
     metrics[f'perplexity_{part}'] = (jnp.mean(jnp.stack(perplexities)), jnp.ones(()))
-  return params, codebooks, metrics
+  return Updated(params, codebooks, metrics, revived)
 
 
 def _moving_average(quantizer: QuantizerConfig, state: dict[str, Array], codes_BT: Array, latents_BTD: Array,
@@ -168,20 +193,42 @@ def _moving_average(quantizer: QuantizerConfig, state: dict[str, Array], codes_B
   return state, state['sums'] / jnp.maximum(state['mass'], 1e-8)[:, None]
 
 
+def moving_average(decay: Array, old: dict[str, Any], new: Updated) -> dict[str, Any]:
+  """Averages {'params', 'codebooks'} over steps, codebooks like parameters; counts and sums are the newest.
+
+  A code that was moved elsewhere is there at once: on its way from its old place it would be nobody's code.
+  """
+  mean = lambda a, b: decay * a + (1 - decay) * b
+  now = {'params': new.params, 'codebooks': new.codebooks}
+  average = {'params': jax.tree.map(mean, old['params'], new.params), 'codebooks': new.codebooks}
+  for path, mask_S in new.revived.items():
+    table_SD = mean(_at(old, path), _at(now, path))
+    if mask_S is not None:
+      table_SD = jnp.where(mask_S[:, None], _at(now, path), table_SD)
+    average = _replace(average, path, table_SD)
+  return average
+
+
 def _draw_latents(key: Array, latents_BTD: Array, mask_BT: Array, count: int) -> Float[Array, 'S D']:
+  """`count` latents of real audio, each as likely; by the cumulative count, as a draw per pair would take gigabytes."""
   points_PD = latents_BTD.reshape(-1, latents_BTD.shape[-1])
-  logits_P = jnp.log(jnp.maximum(mask_BT.reshape(-1), 1e-30))
-  return points_PD[jax.random.categorical(key, logits_P, shape=(count,))]
+  upto_P = jnp.cumsum(mask_BT.reshape(-1))
+  drawn = jax.random.uniform(key, (count,)) * upto_P[-1]
+  return points_PD[jnp.minimum(jnp.searchsorted(upto_P, drawn, side='right'), len(points_PD) - 1)]
 
 
 def _standardise(params: dict[str, Any], layer: tuple[Any, ...], outputs_PC: Float[Array, 'P C']) -> dict[str, Any]:
   """Gives a weight-normalised layer outputs of mean 0 and variance 1 per channel, from what it gives now."""
-  here = params
-  for key in layer:
-    here = here[key]
+  here = _at(params, layer)
   mean_C, deviation_C = jnp.mean(outputs_PC, axis=0), jnp.maximum(jnp.std(outputs_PC, axis=0), 1e-8)
   return _replace(params, layer, {**here, 'weight_g': here['weight_g'] / deviation_C,
                                   'bias': (here['bias'] - mean_C) / deviation_C})
+
+
+def _at(tree: dict[Any, Any], path: tuple[Any, ...]) -> Any:
+  for key in path:
+    tree = tree[key]
+  return tree
 
 
 def _replace(tree: dict[Any, Any], path: tuple[Any, ...], value: Any) -> dict[Any, Any]:

@@ -16,12 +16,12 @@ from jax.sharding import Mesh
 from lmspt_jax import metrics as metrics_lib
 from lmspt_jax.data.audio_io import write_wav
 from lmspt_jax.losses.mel import multi_scale_mel_loss
-from lmspt_jax.sharding import shard_batch
+from lmspt_jax.sharding import local_rows, shard_batch
 from lmspt_jax.training.state import Experiment, TrainState
 
 
 def make_eval_step(experiment: Experiment):
-  """(generator, codebooks, teacher_params, batch) -> metrics, codes [B, K, T], and the three waveforms.
+  """(generator, codebooks, teacher_params, batch) -> metrics, codes [B, K, T], the three waveforms of the first rows.
 
   The batch has a `weight` float32 [B], 0 for rows that only fill the last batch. Losses are per item, so that
   neither the fill nor the batch size changes a figure, and leave the padding of short recordings out.
@@ -46,8 +46,9 @@ def make_eval_step(experiment: Experiment):
     weight_B = batch['weight']
     sums = {'mel': (jnp.sum(mel_B * weight_B), jnp.sum(weight_B)),
             'distillation': (jnp.sum(distance_B * weight_B), jnp.sum(weight_B))}
-    waves = {'full': tokenizer.decode(codes_BKT), 'semantic': tokenizer.decode_semantic(codes_BKT),
-             'resynthesis': tokenizer.resynthesize(codes_BKT)}
+    heard_BKT = codes_BKT[:max(1, config.train.eval_audio)]  # every host gets these waves: no more than are written
+    waves = {'full': tokenizer.decode(heard_BKT), 'semantic': tokenizer.decode_semantic(heard_BKT),
+             'resynthesis': tokenizer.resynthesize(heard_BKT)}
     return sums, codes_BKT, waves
 
   return eval_step
@@ -57,9 +58,13 @@ def evaluate(experiment: Experiment, eval_step, state: TrainState, teacher_param
              mesh: Mesh, folder: Path | None) -> dict[str, float]:
   """Figures over all held-out utterances; wav files of the first few go to `folder` (None writes nothing).
 
+  `eval_step` is jitted with outputs that are whole on every device, so that every host has the codes of all.
+
   Returns: mel, distillation, and per part the distinct codes and perplexity over the whole held-out set.
   """
   config = experiment.config
+  exported = experiment.exported(state)
+  generator = {**state.generator, 'tokenizer': exported['params']}
   size = config.data.batch_size
   count = len(utterances['audio'])
   sums: dict[str, tuple] = {}
@@ -68,31 +73,25 @@ def evaluate(experiment: Experiment, eval_step, state: TrainState, teacher_param
     rows = np.arange(start, start + size)
     batch = {k: np.asarray(utterances[k])[rows % count] for k in ('audio', 'num_samples')}
     batch['weight'] = (rows < count).astype(np.float32)
-    local = {k: _local_rows(v) for k, v in batch.items()}
-    found, codes_BKT, waves = eval_step(state.generator, state.codebooks, teacher_params, shard_batch(local, mesh))
+    here = shard_batch({k: v[local_rows(mesh, size)] for k, v in batch.items()}, mesh, size)
+    found, codes_BKT, waves = eval_step(generator, exported['codebooks'], teacher_params, here)
     sums = metrics_lib.merge(sums, jax.device_get(found))
-    if jax.process_count() == 1:  # every host would need the others' rows
-      codes_BKT = np.asarray(codes_BKT)
-      for row in range(min(size, count - start)):
-        frames = config.model.num_frames(int(batch['num_samples'][row]))
-        codes.append(codes_BKT[row, :, :frames])
-        if folder is not None and written < config.train.eval_audio:
-          _write_audio(folder, utterances['ids'][start + row], batch['audio'][row], int(batch['num_samples'][row]),
-                       {k: np.asarray(v[row]) for k, v in waves.items()}, config.model)
-          written += 1
+    codes_BKT, waves = jax.device_get((codes_BKT, waves))
+    for row in range(min(size, count - start)):
+      frames = config.model.num_frames(int(batch['num_samples'][row]))
+      codes.append(codes_BKT[row, :, :frames])
+      if folder is not None and written < config.train.eval_audio:
+        _write_audio(folder, utterances['ids'][start + row], batch['audio'][row], int(batch['num_samples'][row]),
+                     {k: v[row] for k, v in waves.items()}, config.model)
+        written += 1
   figures = metrics_lib.result(sums)
-  if codes:
-    codes_KT = np.concatenate(codes, axis=1)
-    for part, ids, quantizer in (('semantic', codes_KT[:1], config.model.semantic),
-                                 ('acoustic', codes_KT[1:], config.model.acoustic)):
-      counts = [np.bincount(row, minlength=quantizer.size) for row in ids]
-      figures[f'distinct_{part}'] = float(np.mean([np.sum(c > 0) for c in counts]))
-      figures[f'perplexity_{part}'] = float(np.mean([metrics_lib.perplexity(c) for c in counts]))
+  codes_KT = np.concatenate(codes, axis=1)
+  for part, ids, quantizer in (('semantic', codes_KT[:1], config.model.semantic),
+                               ('acoustic', codes_KT[1:], config.model.acoustic)):
+    counts = [np.bincount(row, minlength=quantizer.size) for row in ids]
+    figures[f'distinct_{part}'] = float(np.mean([np.sum(c > 0) for c in counts]))
+    figures[f'perplexity_{part}'] = float(np.mean([metrics_lib.perplexity(c) for c in counts]))
   return figures
-
-
-def _local_rows(values: np.ndarray) -> np.ndarray:
-  return np.split(values, jax.process_count())[jax.process_index()]
 
 
 def _write_audio(folder: Path, name: str, original_N: np.ndarray, num_samples: int, waves: dict[str, np.ndarray],

@@ -27,6 +27,9 @@ class TrainState:
     codebooks: codebook states (usage, moving averages).
     discriminator: trainable arrays of the discriminators.
     generator_opt, discriminator_opt: optax states.
+    average: {'params', 'codebooks'}, the tokenizer averaged over steps (train.ema_decay), what is evaluated and
+      exported; empty without averaging.
+    skipped_in_row: int32, steps in a row, up to this one, that were skipped for numbers that are not finite.
   """
 
   step: Array
@@ -35,6 +38,8 @@ class TrainState:
   discriminator: dict[str, Any]
   generator_opt: Any
   discriminator_opt: Any
+  average: dict[str, Any]
+  skipped_in_row: Array
 
 
 class Experiment:
@@ -64,7 +69,18 @@ class Experiment:
     discriminator = nnx.to_pure_dict(nnx.state(self._make_discriminators(), nnx.Param))
     return TrainState(
         step=jnp.zeros((), jnp.int32), generator=generator, codebooks=codebooks, discriminator=discriminator,
-        generator_opt=self.generator_tx.init(generator), discriminator_opt=self.discriminator_tx.init(discriminator))
+        generator_opt=self.generator_tx.init(generator), discriminator_opt=self.discriminator_tx.init(discriminator),
+        average=self.first_average(tokenizer, codebooks), skipped_in_row=jnp.zeros((), jnp.int32))
+
+  def first_average(self, tokenizer: dict[str, Any], codebooks: dict[str, Any]) -> dict[str, Any]:
+    """What averaging starts from. Copies: the train step donates its buffers, each once."""
+    if not self.config.train.ema_decay:
+      return {}
+    return jax.tree.map(jnp.copy, {'params': tokenizer, 'codebooks': codebooks})
+
+  def exported(self, state: TrainState) -> dict[str, Any]:
+    """{'params', 'codebooks'} of the tokenizer that is evaluated and exported."""
+    return state.average or {'params': state.generator['tokenizer'], 'codebooks': state.codebooks}
 
   def abstract_state(self) -> TrainState:
     """Shapes and dtypes of `init`, nothing computed."""
@@ -79,8 +95,10 @@ class Experiment:
     return nnx.merge(self._discriminator_def, params)
 
   def _make_tokenizer(self) -> SpeechTokenizer:
-    return SpeechTokenizer(self.config.model, rngs=nnx.Rngs(rng.stream(self.config.train.seed, 'tokenizer')))
+    rngs = nnx.Rngs(rng.stream(self.config.train.seed, 'tokenizer'))
+    return SpeechTokenizer(self.config.model, rngs=rngs, compute=self.config.compute)
 
   def _make_discriminators(self) -> Discriminators:
     key = rng.stream(self.config.train.seed, 'discriminators')
-    return Discriminators(self.config.discriminator, self.config.model.sample_rate, rngs=nnx.Rngs(key))
+    return Discriminators(self.config.discriminator, self.config.model.sample_rate, rngs=nnx.Rngs(key),
+                          compute=self.config.compute)

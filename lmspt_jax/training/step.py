@@ -5,11 +5,16 @@ generator's loss is taken against the *updated* discriminators; one backward of 
 loss is a function of what the forward returned, so its gradient is a cotangent for the forward's pullback, and no
 discriminator weight gradient is computed on the way.
 
-Axes: B batch (global), N samples, T frames.
+With compute.accumulation the batch is worked through part by part, first by the discriminators, then by the generator
+against the updated ones; its forward is computed a second time there, as what the pullback needs of all parts would be
+the memory of the whole batch.
+
+Axes: B batch (global), N samples, T frames, K codebooks, D code dimension.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any
 
@@ -25,7 +30,9 @@ from lmspt_jax.losses.adversarial import discriminator_loss, feature_matching_lo
 from lmspt_jax.losses.mel import multi_scale_mel_loss
 from lmspt_jax.metrics import Metrics, mean
 from lmspt_jax.models.quantizers import active_codebooks
+from lmspt_jax.sharding import SPREAD, constrain, gathered
 from lmspt_jax.training import codebooks as codebook_rules
+from lmspt_jax.training.codebooks import Drawn
 from lmspt_jax.training.state import Experiment, TrainState
 
 TrainStep = Callable[[TrainState, Any, dict[str, Array]], tuple[TrainState, Metrics]]
@@ -49,84 +56,180 @@ class Forward:
   acoustic_codebook: Array
 
 
+@struct.dataclass
+class Part:
+  """A share of the batch.
+
+  Attributes:
+    audio: [B, N]; num_samples: [B]; active: [B], acoustic codebooks in use.
+    share: what its mean counts for in the mean over the batch; distillation_share: the same of that loss, which leaves
+      padding out.
+  """
+
+  audio: Array
+  num_samples: Array
+  active: Array
+  share: Array
+  distillation_share: Array
+
+
 def weigh(terms: dict[str, Array], weights: LossConfig) -> Array:
   """The generator's loss: the terms times their weights, summed."""
   return sum(getattr(weights, name) * value for name, value in terms.items())
 
 
-def make_train_step(experiment: Experiment) -> TrainStep:
+def make_train_step(experiment: Experiment, shardings: TrainState | None = None) -> TrainStep:
   """The step of an experiment, to be jitted with the state donated.
 
   The batch holds `audio` float32 [B, N] in [-1, 1] at the model's rate, N a multiple of the hop, and `num_samples`
-  int32 [B], how many of them are real (the rest is zero padding).
+  int32 [B], how many of them are real (the rest is zero padding). On a mesh (`jax.set_mesh`), gradients are summed
+  straight into `shardings`.
+
+  A step whose losses or gradients are not finite changes nothing but `step` and `skipped_in_row`: its metrics have no
+  weight, but for `skipped` and `nonfinite/NAME` (1 or 0) and `audio_seconds`.
   """
   config = experiment.config
-  model, loss, quirks = config.model, config.loss, config.quirks
+  model, loss, quirks, parts = config.model, config.loss, config.quirks, config.compute.accumulation
 
-  def train_step(state: TrainState, teacher_params: Any, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
-    audio_BN, num_samples_B = batch['audio'], batch['num_samples']
-    step_key = lambda name: rng.stream(config.train.seed, name, state.step)
-    active_B = active_codebooks(step_key('quantizer_dropout'), audio_BN.shape[0], model.acoustic)
+  def generate(params, codebooks, part: Part):
+    with jax.named_scope('codec'):
+      out = experiment.tokenizer(params['tokenizer'], codebooks)(
+          part.audio, active_B=part.active, attached_subtraction=quirks.attached_subtraction)
+    student = experiment.distillation.student(params['distillation'], out)
+    forward = Forward(out.audio, student, out.semantic.commitment, out.semantic.codebook,
+                      out.acoustic.commitment, out.acoustic.codebook)
+    return forward, {name: Drawn(q.codes, q.latents) for name, q in
+                     (('semantic', out.semantic), ('acoustic', out.acoustic))}
 
-    def generate(params):
-      out = experiment.tokenizer(params['tokenizer'], state.codebooks)(
-          audio_BN, active_B=active_B, attached_subtraction=quirks.attached_subtraction)
-      student = experiment.distillation.student(params['distillation'], out)
-      forward = Forward(out.audio, student, out.semantic.commitment, out.semantic.codebook,
-                        out.acoustic.commitment, out.acoustic.codebook)
-      return forward, {'semantic': out.semantic, 'acoustic': out.acoustic}
-
-    forward, pull_back, quantized = jax.vjp(generate, state.generator, has_aux=True)
-
-    # ---------------------------------------------------------------- discriminators
-    fake_BN = jax.lax.stop_gradient(forward.audio)
-
-    def discriminate(params):
+  def discriminate(params, audio_BN, fake_BN):
+    with jax.named_scope('discriminators'):
       maps = experiment.discriminators(params)(jnp.concatenate([audio_BN, fake_BN]))
       real, fake = (jax.tree.map(lambda x, part=part: jnp.split(x, 2)[part], maps) for part in (0, 1))
       return discriminator_loss(real, fake)
 
-    d_loss, d_gradients = jax.value_and_grad(discriminate)(state.discriminator)
-    d_updates, discriminator_opt = experiment.discriminator_tx.update(
-        d_gradients, state.discriminator_opt, state.discriminator)
-    discriminator = optax.apply_updates(state.discriminator, d_updates)
+  def judge(forward: Forward, discriminator, teacher_params, part: Part):
+    """A part's share of the generator's loss, and of its terms."""
+    with jax.named_scope('discriminators'):
+      judges = experiment.discriminators(discriminator)
+      fake, real = judges(forward.audio), judges(part.audio)
+    with jax.named_scope('teacher'):
+      distance = experiment.distillation.loss(teacher_params, part.audio, part.num_samples, forward.student)
+    terms = {
+        'semantic_commitment': forward.semantic_commitment, 'semantic_codebook': forward.semantic_codebook,
+        'acoustic_commitment': forward.acoustic_commitment, 'acoustic_codebook': forward.acoustic_codebook,
+        'adversarial': generator_adversarial_loss(fake), 'feature_matching': feature_matching_loss(real, fake),
+        'mel': multi_scale_mel_loss(forward.audio, part.audio, model.sample_rate, loss.mel_bins, loss.mel_windows)}
+    terms = {name: value * part.share for name, value in terms.items()}
+    terms['distillation'] = distance * part.distillation_share
+    return weigh(terms, loss), terms
 
-    # ---------------------------------------------------------------- generator
-    def generator_loss(forward: Forward):
-      judge = experiment.discriminators(discriminator)
-      fake, real = judge(forward.audio), judge(audio_BN)
-      terms = {
-          'semantic_commitment': forward.semantic_commitment, 'semantic_codebook': forward.semantic_codebook,
-          'acoustic_commitment': forward.acoustic_commitment, 'acoustic_codebook': forward.acoustic_codebook,
-          'adversarial': generator_adversarial_loss(fake), 'feature_matching': feature_matching_loss(real, fake),
-          'mel': multi_scale_mel_loss(forward.audio, audio_BN, model.sample_rate, loss.mel_bins, loss.mel_windows),
-          'distillation': experiment.distillation.loss(teacher_params, audio_BN, num_samples_B, forward.student),
-      }
-      return weigh(terms, loss), terms
+  def split(whole: Part) -> Part:
+    """Parts along a new first axis. Every part takes rows of every device, so that no audio moves."""
+    apart = lambda x: jnp.moveaxis(x.reshape(-1, parts, *x.shape[1:]), 1, 0)
+    audio, num_samples, active = map(apart, (whole.audio, whole.num_samples, whole.active))
+    weights = jax.vmap(lambda n: experiment.distillation.weight(n, audio.shape[-1]))(num_samples)
+    total = jnp.sum(weights)
+    return Part(audio, num_samples, active, jnp.full((parts,), 1 / parts),
+                weights / jnp.where(total > 0, total, 1.0))
 
-    (g_loss, terms), cotangent = jax.value_and_grad(generator_loss, has_aux=True)(forward)
-    (g_gradients,) = pull_back(cotangent)
-    g_updates, generator_opt = experiment.generator_tx.update(g_gradients, state.generator_opt, state.generator)
-    generator = optax.apply_updates(state.generator, g_updates)
+  def join(x: Array) -> Array:
+    """The inverse of `split` for one array."""
+    return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
-    # ---------------------------------------------------------------- codebooks
-    frames = quantized['semantic'].codes.shape[1]
+  def into_shards(gradients, where: str):
+    return gradients if shardings is None else jax.lax.with_sharding_constraint(gradients, getattr(shardings, where))
+
+  def update(transformation, gradients, opt_state, params):
+    with jax.named_scope('optimizer'):
+      updates, opt_state = transformation.update(gradients, opt_state, params)
+      return optax.apply_updates(params, updates), opt_state
+
+  def train_step(state: TrainState, teacher_params: Any, batch: dict[str, Array]) -> tuple[TrainState, Metrics]:
+    audio_BN, num_samples_B = constrain((batch['audio'], batch['num_samples']), SPREAD)
+    step_key = lambda name: rng.stream(config.train.seed, name, state.step)
+    active_B = active_codebooks(step_key('quantizer_dropout'), audio_BN.shape[0], model.acoustic)
+    whole = Part(audio_BN, num_samples_B, active_B, jnp.ones(()), jnp.ones(()))
+    generator, discriminator = gathered(state.generator), gathered(state.discriminator)
+
+    def learn_discriminator(part, forward):
+      found = jax.value_and_grad(discriminate)(discriminator, part.audio, jax.lax.stop_gradient(forward.audio))
+      return jax.tree.map(lambda x: x * part.share, found)
+
+    def learn_discriminator_anew(part):
+      forward, drawn = generate(generator, state.codebooks, part)
+      return learn_discriminator(part, forward), drawn
+
+    def learn_generator_anew(part):
+      objective = lambda params: judge(generate(params, state.codebooks, part)[0], judges, teacher_params, part)
+      return jax.value_and_grad(objective, has_aux=True)(generator), None
+
+    # ---------------------------------------------------------------- discriminators, then the generator against them
+    if parts == 1:
+      forward, pull_back, drawn = jax.vjp(lambda p: generate(p, state.codebooks, whole), generator, has_aux=True)
+      d_loss, d_gradients = learn_discriminator(whole, forward)
+    else:
+      several = split(whole)
+      (d_loss, d_gradients), drawn = _summed(learn_discriminator_anew, several)
+      drawn = jax.tree.map(join, drawn)
+    d_gradients = into_shards(d_gradients, 'discriminator')
+    new_discriminator, discriminator_opt = update(
+        experiment.discriminator_tx, d_gradients, state.discriminator_opt, state.discriminator)
+    judges = gathered(new_discriminator)
+
+    if parts == 1:
+      (g_loss, terms), cotangent = jax.value_and_grad(judge, has_aux=True)(forward, judges, teacher_params, whole)
+      (g_gradients,) = pull_back(cotangent)
+    else:
+      ((g_loss, terms), g_gradients), _ = _summed(learn_generator_anew, several)
+    g_gradients = into_shards(g_gradients, 'generator')
+    new_generator, generator_opt = update(experiment.generator_tx, g_gradients, state.generator_opt, state.generator)
+
+    # ---------------------------------------------------------------- codebooks, moving average
+    frames = drawn['semantic'].codes.shape[1]
     mask_BT = (jnp.arange(frames) * model.hop < num_samples_B[:, None]).astype(jnp.float32)
-    tokenizer, codebooks, usage = codebook_rules.update(
-        step_key('revival'), state.step, config.train.num_steps, model, quirks, generator['tokenizer'],
-        state.codebooks, quantized, mask_BT)
+    updated = codebook_rules.update(
+        step_key('revival'), state.step, config.train.num_steps, model, quirks, new_generator['tokenizer'],
+        state.codebooks, drawn, mask_BT)
+    average = state.average
+    if average:
+      # Short at first, so that the start is soon forgotten.
+      decay = jnp.minimum(config.train.ema_decay, (1.0 + state.step) / (10.0 + state.step))
+      average = codebook_rules.moving_average(decay, average, updated)
+
+    # ---------------------------------------------------------------- unless something is not finite
+    losses = {**{f'loss/{name}': value for name, value in terms.items()},
+              'loss/generator': g_loss, 'loss/discriminator': d_loss}
+    norms = {'gradient/generator': optax.tree.norm(g_gradients), 'gradient/discriminator': optax.tree.norm(d_gradients)}
+    broken = {name: ~jnp.isfinite(value) for name, value in {**losses, **norms}.items()}
+    skipped = jnp.any(jnp.stack(list(broken.values())))
+    new_state = TrainState(
+        step=state.step, generator={**new_generator, 'tokenizer': updated.params}, codebooks=updated.codebooks,
+        discriminator=new_discriminator, generator_opt=generator_opt, discriminator_opt=discriminator_opt,
+        average=average, skipped_in_row=jnp.zeros((), jnp.int32))
+    new_state = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), new_state, state)
+    new_state = dataclasses.replace(new_state, step=state.step + 1,
+                                    skipped_in_row=jnp.where(skipped, state.skipped_in_row + 1, 0))
 
     items = jnp.asarray(audio_BN.shape[0], jnp.float32)
-    metrics = {f'loss/{name}': mean(value, items) for name, value in terms.items()}
-    metrics |= {
-        'loss/generator': mean(g_loss, items), 'loss/discriminator': mean(d_loss, items),
-        'gradient/generator': mean(optax.tree.norm(g_gradients)),
-        'gradient/discriminator': mean(optax.tree.norm(d_gradients)),
-        'audio_seconds': (jnp.sum(num_samples_B) / model.sample_rate, jnp.ones(()))}
-    metrics |= {f'codebook/{name}': pair for name, pair in usage.items()}
-    new_state = TrainState(
-        step=state.step + 1, generator={**generator, 'tokenizer': tokenizer}, codebooks=codebooks,
-        discriminator=discriminator, generator_opt=generator_opt, discriminator_opt=discriminator_opt)
+    metrics = {name: mean(value, items) for name, value in losses.items()}
+    metrics |= {name: mean(value) for name, value in norms.items()}
+    metrics |= {f'codebook/{name}': pair for name, pair in updated.metrics.items()}
+    metrics = jax.tree.map(lambda x: jnp.where(skipped, 0.0, x), metrics)
+    metrics |= {'skipped': mean(skipped.astype(jnp.float32)),
+                'audio_seconds': (jnp.sum(num_samples_B) / model.sample_rate, jnp.ones(()))}
+    metrics |= {f'nonfinite/{name}': mean(value.astype(jnp.float32)) for name, value in broken.items()}
     return new_state, metrics
 
   return train_step
+
+
+def _summed(function: Callable[[Part], tuple[Any, Any]], parts: Part) -> tuple[Any, Any]:
+  """`function` over the parts, one after the other: the sum of its first results, the second ones stacked."""
+  zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype),
+                       jax.eval_shape(lambda: function(jax.tree.map(lambda x: x[0], parts))[0]))
+
+  def add(total, part):
+    found, rest = function(part)
+    return jax.tree.map(jnp.add, total, found), rest
+
+  return jax.lax.scan(add, zeros, parts)

@@ -18,12 +18,13 @@ from jaxtyping import Array, Float, Int
 
 from lmspt_jax.audio.mel import WHISPER_HOP, WHISPER_SAMPLE_RATE, log_mel_spectrogram
 from lmspt_jax.audio.resample import resample
-from lmspt_jax.config import ExperimentConfig
+from lmspt_jax.config import FLOAT32, ComputeConfig, ExperimentConfig
 from lmspt_jax.losses.distillation import feature_distance
 from lmspt_jax.models import whisper
 from lmspt_jax.models.layers import PRECISION
 from lmspt_jax.models.tokenizer import TokenizerOutput
 from lmspt_jax.models.whisper import WhisperDims, WhisperEncoder
+from lmspt_jax.sharding import BATCH, constrain
 
 SAMPLES_PER_POSITION = 2 * WHISPER_HOP  # the encoder halves the mel frames
 WINDOW_SECONDS = 30
@@ -45,6 +46,10 @@ class Distillation(Protocol):
     """Scalar distance; differentiable in `student` alone."""
     ...
 
+  def weight(self, num_samples_B: Array, samples: int) -> Array:
+    """Scalar: what `loss` of items with N = `samples` is a mean over. Means of parts make the whole's by it."""
+    ...
+
 
 class FrozenTeacher:
   """A Whisper encoder over a window of the crop.
@@ -54,10 +59,13 @@ class FrozenTeacher:
     sample_rate: of the audio given to `targets`, in Hz.
     window: 'crop' encodes the crop's own positions; 'full' zero-pads it to 30 s, as released.
     batch_mel_floor: the resynthesis' log-mel is floored at the batch's maximum - 8 (a quirk of the release).
+    compute: dtype of its products and whether its blocks are recomputed in the backward pass; log-mels are float32.
   """
 
-  def __init__(self, dims: WhisperDims, sample_rate: int, window: str, batch_mel_floor: bool = False):
+  def __init__(self, dims: WhisperDims, sample_rate: int, window: str, batch_mel_floor: bool = False,
+               compute: ComputeConfig = FLOAT32):
     self.dims, self.sample_rate, self.window, self.batch_mel_floor = dims, sample_rate, window, batch_mel_floor
+    self.dtype, self.remat = jnp.dtype(compute.dtype), compute.remat_teacher == 'block'
 
   def targets(self, params: Any, audio_BN: Float[Array, 'B N']) -> Float[Array, 'B P D']:
     """Features of the original, without gradient."""
@@ -79,8 +87,15 @@ class FrozenTeacher:
     if samples > WINDOW_SAMPLES:
       raise ValueError(f'{samples} samples at 16 kHz: the teacher sees at most 30 s, shorten data.crop_seconds')
     audio_BM = jnp.pad(audio_BM, ((0, 0), (0, whole - samples)))
-    encoder = whisper.bind(WhisperEncoder, self.dims, jax.lax.stop_gradient(params))
-    return encoder(log_mel_spectrogram(audio_BM, self.dims.n_mels, floor))
+    encoder = whisper.bind(WhisperEncoder, self.dims, jax.lax.stop_gradient(params), dtype=self.dtype,
+                           remat=self.remat)
+    return encoder(constrain(log_mel_spectrogram(audio_BM, self.dims.n_mels, floor), BATCH))
+
+
+def stored_params(params: Any, compute: ComputeConfig) -> Any:
+  """A teacher's arrays as training keeps them: kernels in the dtype they are multiplied in, the rest float32."""
+  dtype = jnp.dtype(compute.dtype)
+  return jax.tree.map_with_path(lambda path, x: x.astype(dtype) if path[-1].key == 'kernel' else x, params)
 
 
 class ResynthesisDistillation:
@@ -105,6 +120,12 @@ class ResynthesisDistillation:
     feature_BPD = self.teacher.features(teacher_params, student)
     weight_BP = None if self.over_padding else self.teacher.valid_positions(num_samples_B, target_BPD.shape[1])
     return feature_distance(feature_BPD, target_BPD, self.distance, weight_BP)
+
+  def weight(self, num_samples_B: Array, samples: int) -> Array:
+    if self.over_padding:
+      return jnp.asarray(num_samples_B.shape[0], jnp.float32)
+    del samples
+    return jnp.sum(self.teacher.valid_positions(num_samples_B, WINDOW_SAMPLES // SAMPLES_PER_POSITION))
 
 
 class PooledFeatureDistillation:
@@ -131,8 +152,13 @@ class PooledFeatureDistillation:
     seconds_per_frame = self.hop / self.teacher.sample_rate
     weights_TP = pooling_weights(frames, target_BPD.shape[1], seconds_per_frame)
     pooled_BTD = jnp.einsum('tp,bpd->btd', weights_TP, target_BPD, precision=PRECISION)
-    valid_BT = (jnp.arange(frames) * self.hop < num_samples_B[:, None]).astype(jnp.float32)
-    return feature_distance(student, pooled_BTD, self.distance, valid_BT)
+    return feature_distance(student, pooled_BTD, self.distance, self._valid(num_samples_B, frames))
+
+  def weight(self, num_samples_B: Array, samples: int) -> Array:
+    return jnp.sum(self._valid(num_samples_B, samples // self.hop))
+
+  def _valid(self, num_samples_B: Array, frames: int) -> Float[Array, 'B T']:
+    return (jnp.arange(frames) * self.hop < num_samples_B[:, None]).astype(jnp.float32)
 
 
 class NoDistillation:
@@ -150,6 +176,10 @@ class NoDistillation:
     del teacher_params, audio_BN, num_samples_B
     return student
 
+  def weight(self, num_samples_B: Array, samples: int) -> Array:
+    del samples
+    return jnp.asarray(num_samples_B.shape[0], jnp.float32)
+
 
 def pooling_weights(frames: int, positions: int, seconds_per_frame: float) -> np.ndarray:
   """Rows of shares, float32 [frames, positions]: how much of a frame's span each 20 ms teacher position covers."""
@@ -164,7 +194,8 @@ def make_distillation(config: ExperimentConfig, dims: WhisperDims | None) -> Dis
   """The strategy a config names; `dims` of the teacher, None without one."""
   if config.teacher.strategy == 'none' or dims is None:
     return NoDistillation()
-  teacher = FrozenTeacher(dims, config.model.sample_rate, config.teacher.window, config.quirks.batch_mel_floor)
+  teacher = FrozenTeacher(dims, config.model.sample_rate, config.teacher.window, config.quirks.batch_mel_floor,
+                          config.compute)
   if config.teacher.strategy == 'pooled':
     return PooledFeatureDistillation(teacher, config.teacher.distance, config.model.latent_dim, config.model.hop)
   return ResynthesisDistillation(teacher, config.teacher.distance, config.quirks.loss_over_padding)

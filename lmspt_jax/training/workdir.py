@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import platform
 import re
+import secrets
 import shlex
 import sys
 import time
@@ -12,11 +13,13 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
+from lmspt_jax import hosts
 from lmspt_jax.checkpoint import has_checkpoint
 from lmspt_jax.config import ExperimentConfig, to_dict
 from lmspt_jax.errors import LmsptError
 
 CONFIG = 'config.json'
+_SEEN_WITHIN = 60.0  # seconds after which a file that host 0 wrote is on no storage that this host shares
 # What may change when a run goes on: nothing that the parameters depend on. Data may move (the checkpoint knows which
 # utterances it held).
 FREE_FIELDS = re.compile('|'.join((
@@ -27,13 +30,38 @@ _PACKAGES = ('lmspt_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 
 
 
 def open_workdir(config: ExperimentConfig, workdir: Path) -> None:
-  """Makes the folder, or checks that it belongs to the same experiment; then writes config, versions and command.
+  """Host 0 makes the folder, or checks that it belongs to the same experiment, and writes config, versions and command;
+  the others see that they were started for the same, with the same folder.
 
   A run that ended before its first checkpoint (a misspelt path, say) left nothing to keep: it binds no later config.
 
   Raises:
-    LmsptError: the folder can't be written, or holds checkpoints of a run with another config.
+    LmsptError: the folder can't be written, holds checkpoints of a run with another config, or isn't every host's.
   """
+  hosts.check_same('--config', json.dumps(to_dict(config)), 'start all hosts with the same command')
+  if hosts.is_writer():
+    _prepare(config, workdir)
+  _check_shared(workdir)
+
+
+def _check_shared(workdir: Path) -> None:
+  name = hosts.gather('token', secrets.token_hex(8))[0]
+  path = workdir / f'.shared_{name}'
+  if hosts.is_writer():
+    path.touch()
+  hosts.gather('written', '')
+  end = time.monotonic() + _SEEN_WITHIN
+  while not path.exists() and time.monotonic() < end:
+    time.sleep(0.5)
+  seen = hosts.gather('seen', 'yes' if path.exists() else '')
+  if hosts.is_writer():
+    path.unlink()
+  if not all(seen):
+    raise LmsptError(f'--workdir={workdir}: host {seen.index("")} does not see what host 0 writes there; give a folder '
+                     'on storage that all hosts share')
+
+
+def _prepare(config: ExperimentConfig, workdir: Path) -> None:
   try:
     workdir.mkdir(parents=True, exist_ok=True)
     probe = workdir / '.write_test'
@@ -44,21 +72,28 @@ def open_workdir(config: ExperimentConfig, workdir: Path) -> None:
   path = workdir / CONFIG
   if path.exists() and has_checkpoint(workdir):
     try:
-      before = _flatten(json.loads(path.read_text()))
+      before = json.loads(path.read_text())
     except json.JSONDecodeError as error:
       raise LmsptError(f'{path}: not JSON ({error}); remove it or use another --workdir') from error
-    now = _flatten(to_dict(config))
-    changed = sorted(k for k in {**before, **now} if before.get(k) != now.get(k) and not FREE_FIELDS.fullmatch(k))
+    found = changed_fields(before, to_dict(config))
+    changed = [text for name, text in found.items() if not FREE_FIELDS.fullmatch(name)]
     if changed:
-      shown = ', '.join(f'{k}: {before.get(k)!r} there, {now.get(k)!r} now' for k in changed[:4])
       more = f' and {len(changed) - 4} more' if len(changed) > 4 else ''
-      raise LmsptError(f'{workdir}: holds a run with another config ({shown}{more}); use another --workdir')
+      raise LmsptError(f'{workdir}: holds a run with another config ({", ".join(changed[:4])}{more}); use another '
+                       '--workdir')
   _write(path, json.dumps(to_dict(config), indent=2))
   versions = {name: metadata.version(name) for name in _PACKAGES if _installed(name)}
   versions |= {'python': platform.python_version(), 'platform': platform.platform()}
   _write(workdir / 'versions.json', json.dumps(versions, indent=2))
   with (workdir / 'commands.txt').open('a') as file:
     file.write(f'{time.strftime("%Y-%m-%dT%H:%M:%S%z")} {shlex.join(sys.argv)}\n')
+
+
+def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
+  """'NAME: VALUE there, VALUE now' of every field that differs between two configs, by its dotted name."""
+  before, now = _flatten(before), _flatten(now)
+  return {name: f'{name}: {before.get(name)!r} there, {now.get(name)!r} now'
+          for name in sorted({**before, **now}) if before.get(name) != now.get(name)}
 
 
 def _write(path: Path, text: str) -> None:

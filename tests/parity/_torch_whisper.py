@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-import jax
+import sys
+from pathlib import Path
+
 import numpy as np
 import torch
 import whisper as openai_whisper
@@ -10,12 +12,14 @@ import whisper as openai_whisper
 from lmspt_jax.convert import whisper as convert
 from lmspt_jax.models import whisper
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from _whisper_arrays import named_arrays  # isort: skip
+
 
 def state_dict(checkpoint: convert.WhisperCheckpoint, rules) -> dict[str, np.ndarray]:
   """The parameters under foreign names (`rules`, of `convert.whisper_names`) and in the foreign layout."""
   out = {}
-  for key_path, value in jax.tree.leaves_with_path(checkpoint.params):
-    path = '/'.join(str(key.key) for key in key_path)
+  for path, value in named_arrays(checkpoint.params):
     out[convert.foreign_name(path, rules)] = np.ascontiguousarray(convert.foreign_layout(path, value))
   positions = whisper.sinusoids(checkpoint.dims.audio_context, checkpoint.dims.width)
   out[convert.foreign_name('encoder/positions', rules)] = positions.copy()

@@ -1,0 +1,245 @@
+"""Precision, memory, the moving average, and steps that are skipped: what surrounds the arithmetic of the train step.
+
+That accumulation and recomputation change no number is in tests/test_sharding.py.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from make_golden_step import DIMS, TINY, recording_step, replaced, speech_batches, tiny_teacher
+
+from lmspt_jax.audio.stft import stft
+from lmspt_jax.checkpoint import CheckpointStore, restore_for_inference
+from lmspt_jax.config import ComputeConfig, to_dict
+from lmspt_jax.errors import LmsptError
+from lmspt_jax.models.discriminators import Discriminators, ResolutionDiscriminator
+from lmspt_jax.models.layers import snake
+from lmspt_jax.models.tokenizer import SpeechTokenizer
+from lmspt_jax.models.whisper import WhisperEncoder, bind
+from lmspt_jax.training import codebooks as codebook_rules
+from lmspt_jax.training.teacher import stored_params
+
+BFLOAT16 = ComputeConfig(dtype='bfloat16')
+
+
+@pytest.fixture(scope='module')
+def batches():
+  return speech_batches(TINY, 3)
+
+
+@pytest.fixture(scope='module')
+def states(batches):
+  """The states before and after each of three steps."""
+  _, state, step = recording_step(TINY)
+  found = [state]
+  for batch in batches:
+    found.append(step(found[-1], batch)[0])
+  return found
+
+
+def flat(tree) -> dict[str, np.ndarray]:
+  return {jax.tree_util.keystr(path, simple=True, separator='/'): np.asarray(x)
+          for path, x in jax.tree.leaves_with_path(tree)}
+
+
+# ---------------------------------------------------------------- moving average
+
+
+def test_average_of_the_steps(states):
+  """Decay min(ema_decay, (1 + n) / (10 + n)) at step n, codebooks too; what is counted is the newest."""
+  expected = flat(states[0].average)
+  for number, state in enumerate(states[1:]):
+    decay = np.float32((1 + number) / (10 + number))
+    newest = flat({'params': state.generator['tokenizer'], 'codebooks': state.codebooks})
+    assert newest.keys() == expected.keys()
+    for path, value in newest.items():
+      averaged = path.startswith('params/')
+      expected[path] = decay * expected[path] + (1 - decay) * value if averaged else value
+    for path, value in flat(state.average).items():
+      np.testing.assert_allclose(value, expected[path], rtol=1e-5, atol=1e-7, err_msg=path)
+  assert not np.allclose(expected['params/decoder/conv_in/weight_v'],
+                         states[-1].generator['tokenizer']['decoder']['conv_in']['weight_v'], rtol=1e-4)
+
+
+@pytest.mark.parametrize('where', ['params', 'codebooks'])
+def test_a_revived_code_is_in_the_average_at_once(where):
+  old, new = np.zeros((4, 2), np.float32), np.ones((4, 2), np.float32)
+  path = (where, 'semantic_quantizer', 'quantizers', 0, 'codebook')
+
+  def trees(table):
+    leaf = lambda tree: {'codebook': table} if tree == where else {'bias': table}
+    return {tree: {'semantic_quantizer': {'quantizers': {0: leaf(tree)}}} for tree in ('params', 'codebooks')}
+
+  revived = codebook_rules.Updated(**trees(new), metrics={}, revived={path: jnp.array([False, True, False, False])})
+  average = codebook_rules.moving_average(jnp.float32(0.75), trees(old), revived)
+  for key in path:
+    average = average[key]
+  assert average[:, 0].tolist() == [0.25, 1.0, 0.25, 0.25]
+  revived = dataclasses.replace(revived, revived={path: None})
+  never = codebook_rules.moving_average(jnp.float32(0.75), trees(old), revived)
+  assert float(never[where]['semantic_quantizer']['quantizers'][0]['codebook'][1, 0]) == 0.25
+
+
+def test_the_average_is_exported(states, tmp_path):
+  store = CheckpointStore(tmp_path)
+  store.save(3, vars(states[-1]), {'config': to_dict(TINY), 'teacher_id': ''})
+  store.close()
+  average, last = (restore_for_inference(tmp_path, average=which) for which in (True, False))
+  assert flat(average.params).keys() == flat(last.params).keys()
+  for path, value in flat(average.params).items():
+    assert np.array_equal(value, flat(states[-1].average['params'])[path])
+    assert np.array_equal(flat(last.params)[path], flat(states[-1].generator['tokenizer'])[path])
+  experiment = recording_step(TINY)[0]
+  assert experiment.exported(states[-1]) is states[-1].average
+
+
+def test_without_averaging_the_last_parameters_are_exported(states):
+  experiment = recording_step(TINY)[0]
+  state = dataclasses.replace(states[-1], average={})
+  assert experiment.exported(state)['params'] is state.generator['tokenizer']
+  assert experiment.exported(state)['codebooks'] is state.codebooks
+
+
+# ---------------------------------------------------------------- steps that are skipped
+
+
+def test_a_step_that_is_not_finite_changes_nothing(states, batches):
+  _, _, step = recording_step(TINY)
+  audio = batches[1]['audio'].copy()
+  audio[2, 100] = np.nan
+  state = states[1]
+  for count in (1, 2):
+    state, found, _ = step(state, {**batches[1], 'audio': audio})
+    assert int(state.skipped_in_row) == count and int(state.step) == 1 + count
+    for path, value in flat(dataclasses.replace(states[1], step=None, skipped_in_row=None)).items():
+      assert np.array_equal(flat(dataclasses.replace(state, step=None, skipped_in_row=None))[path], value), path
+    found = jax.device_get(found)
+    flags = {name: float(total) for name, (total, _) in found.items() if name.startswith('nonfinite/')}
+    assert flags['nonfinite/loss/mel'] == flags['nonfinite/gradient/generator'] == 1
+    assert found['skipped'] == (1, 1) and float(found['audio_seconds'][0]) > 0
+    others = [pair for name, pair in found.items()
+              if not name.startswith('nonfinite/') and name not in ('skipped', 'audio_seconds')]
+    assert len(others) > 10 and all(float(total) == float(weight) == 0 for total, weight in others)
+  state, found, _ = step(state, batches[1])
+  assert int(state.skipped_in_row) == 0 and found['skipped'] == (0, 1)
+  assert not np.array_equal(state.generator['tokenizer']['decoder']['conv_in']['weight_v'],
+                            states[1].generator['tokenizer']['decoder']['conv_in']['weight_v'])
+
+
+# ---------------------------------------------------------------- precision
+
+
+def test_bfloat16_is_between_the_first_and_the_last_convolution(batches):
+  """Audio, the encoders' last convolution, quantizers and what comes out are float32; blocks are bfloat16."""
+  model = SpeechTokenizer(TINY.model, rngs=nnx.Rngs(0), compute=BFLOAT16)
+  audio = jnp.asarray(batches[0]['audio'])
+  x = model.semantic_encoder.conv_in(audio[:, :, None])
+  assert x.dtype == jnp.float32
+  assert model.semantic_encoder.blocks[0](x).dtype == jnp.bfloat16
+  assert model.decoder.blocks[0](jnp.zeros((1, 4, 16))).dtype == jnp.bfloat16
+  out = model(audio)
+  for value in (out.audio, out.resynthesis, out.semantic.quantized, out.semantic.latents, out.acoustic.quantized):
+    assert value.dtype == jnp.float32
+    assert not np.array_equal(value, value.astype(jnp.bfloat16))  # and not bfloat16 numbers in float32
+  assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype('float32')}
+  exact = SpeechTokenizer(TINY.model, rngs=nnx.Rngs(0))(audio)
+  np.testing.assert_allclose(out.audio, exact.audio, atol=0.02 * float(jnp.abs(exact.audio).max()))
+
+
+def test_bfloat16_discriminators_and_teacher():
+  audio = jnp.asarray(speech_batches(TINY, 1)[0]['audio'])
+  judges = Discriminators(TINY.discriminator, 16_000, rngs=nnx.Rngs(0), compute=BFLOAT16)
+  assert {leaf.dtype for leaf in jax.tree.leaves(judges(audio))} == {jnp.dtype('bfloat16')}
+
+  teacher = stored_params(tiny_teacher(), BFLOAT16)
+  dtypes = {path.rpartition('/')[2]: leaf.dtype for path, leaf in flat(teacher).items()}
+  assert dtypes == {'kernel': jnp.bfloat16, 'bias': np.float32, 'scale': np.float32}
+  mel = jnp.asarray(np.sin(np.arange(2 * 40 * 80, dtype=np.float32)).reshape(2, 40, 80))
+  features = bind(WhisperEncoder, DIMS, teacher, dtype=jnp.bfloat16)(mel)
+  exact = bind(WhisperEncoder, DIMS, tiny_teacher())(mel)
+  assert features.dtype == jnp.float32
+  error = float(jnp.abs(features - exact).max() / jnp.abs(exact).max())
+  assert 1e-5 < error < 0.02
+
+
+def test_snake_gradient_is_that_of_its_formula():
+  x = jnp.linspace(-4, 4, 60).reshape(2, 10, 3)
+  alpha = jnp.array([0.3, 1.0, 2.5])
+  plain = lambda x, alpha: x + jnp.square(jnp.sin(alpha * x)) / (alpha + 1e-9)
+  weigh = lambda f: lambda x, alpha: jnp.sum(f(x, alpha) * jnp.cos(3 * x + 1))
+  for got, expected in zip(*(jax.grad(weigh(f), argnums=(0, 1))(x, alpha) for f in (snake, plain)), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=2e-5, atol=2e-5)
+  narrow = snake(x.astype(jnp.bfloat16), alpha)
+  assert narrow.dtype == jnp.bfloat16
+  np.testing.assert_allclose(narrow.astype(jnp.float32), plain(x, alpha), rtol=0.02, atol=0.02)
+
+
+# ---------------------------------------------------------------- memory
+
+
+def kept_bytes(function, *arguments) -> int:
+  """What a forward pass keeps for its backward pass, without its arguments."""
+  _, pull_back = jax.vjp(function, *arguments)
+  given = {id(leaf) for leaf in jax.tree.leaves(arguments)}
+  return sum(leaf.nbytes for leaf in jax.tree.leaves(pull_back) if id(leaf) not in given)
+
+
+def test_recomputation_keeps_less(batches):
+  audio = jnp.asarray(batches[0]['audio'])
+  config = replaced(TINY, model__dilations=(1, 3, 9))
+
+  def codec(remat):
+    graphdef, params, rest = nnx.split(
+        SpeechTokenizer(config.model, rngs=nnx.Rngs(0), compute=ComputeConfig(remat_codec=remat)), nnx.Param, ...)
+    return kept_bytes(lambda p: nnx.merge(graphdef, p, rest)(audio).audio, params)
+
+  def judges(remat):
+    graphdef, params = nnx.split(Discriminators(
+        TINY.discriminator, 16_000, rngs=nnx.Rngs(0), compute=ComputeConfig(remat_discriminators=remat)))
+    return kept_bytes(lambda p: [maps[-1] for maps in nnx.merge(graphdef, p)(audio)], params)
+
+  def teacher(remat):
+    mel = jnp.zeros((2, 40, 80))
+    return kept_bytes(lambda mel: bind(WhisperEncoder, DIMS, tiny_teacher(), remat=remat)(mel), mel)
+
+  none, unit, block = map(codec, ('none', 'unit', 'block'))
+  assert block < 0.8 * unit < 0.8 * 0.6 * none
+  assert judges('block') < 0.2 * judges('none')
+  assert teacher(True) < 0.7 * teacher(False)
+
+
+@pytest.mark.parametrize('size, edges', [(512, (0.0, 0.1, 0.25, 0.5, 0.75, 1.0)), (128, (0.0, 0.3, 1.0))])
+def test_bands_in_one_scan_are_the_bands_one_by_one(size, edges, batches):
+  """What runs on accelerators is what runs on a CPU, forwards and backwards."""
+  judge = ResolutionDiscriminator(size, 4, edges, rngs=nnx.Rngs(0))
+  spectrum = stft(jnp.asarray(batches[0]['audio']), size, size // 4, padding='match_stride')
+  x = jnp.stack([spectrum.real, spectrum.imag], axis=-1)
+  one_by_one, scanned = judge._one_by_one(x), judge._scanned(x)
+  assert jax.tree.map(jnp.shape, one_by_one) == jax.tree.map(jnp.shape, scanned)
+  assert len(one_by_one) == len(edges) - 1
+  for got, expected in zip(*map(jax.tree.leaves, (scanned, one_by_one)), strict=True):
+    np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
+
+  def gradient(function):
+    return jax.grad(lambda x: sum(jnp.sum(jnp.sin(3 * leaf)) for leaf in jax.tree.leaves(function(x))))(x)
+
+  expected = gradient(judge._one_by_one)
+  np.testing.assert_allclose(gradient(judge._scanned), expected, atol=1e-4 * float(jnp.abs(expected).max()))
+
+
+@pytest.mark.parametrize('changes, message', [
+    (dict(compute__dtype='float16'), r"compute\.dtype = 'float16': use 'float32' or 'bfloat16'"),
+    (dict(compute__accumulation=3), r'compute\.accumulation = 3: must divide data\.batch_size, 4'),
+    (dict(compute__accumulation=2, quirks__batch_mel_floor=True), r'batch_mel_floor looks at the whole batch'),
+    (dict(compute__remat_codec='all'), r"compute\.remat_codec = 'all': use one of"),
+    (dict(train__ema_decay=1.0), r'train\.ema_decay = 1\.0'),
+])
+def test_bad_settings(changes, message):
+  with pytest.raises(LmsptError, match=message):
+    replaced(TINY, **changes).check()
