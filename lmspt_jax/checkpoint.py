@@ -13,6 +13,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,8 +84,15 @@ class CheckpointStore:
 
   def check(self) -> None:
     """Raises if the last save has failed by now; waits for nothing."""
-    if self._saving is not None and not self._checkpointer.is_saving_in_progress():
-      self.wait()
+    if self._saving is None:
+      return
+    try:
+      with _writing(self._folder(self._saving)):
+        # Orbax itself would say it only once all hosts have come to their end, or after twenty minutes.
+        self._checkpointer._manager.check_for_errors()
+    except LmsptError:
+      self._failed, self._saving = True, None
+      raise
 
   def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
     """State (on the shardings of `abstract_state`) and record of a step."""
@@ -108,6 +116,9 @@ class CheckpointStore:
 
   def wait(self) -> None:
     """Returns when the last save is on disk."""
+    while self._saving is not None and self._checkpointer.is_saving_in_progress():
+      self.check()
+      time.sleep(0.01)
     step, self._saving = self._saving, None
     if step is not None:
       self._failed = True
@@ -116,11 +127,10 @@ class CheckpointStore:
       self._failed = False
 
   def close(self) -> None:
-    try:
-      self.wait()
-    finally:
-      with contextlib.suppress(*(OSError, ValueError) if self._failed else ()):  # said already
-        self._checkpointer.close()
+    """Ends the threads; after a save that failed they are left, as they wait for those of the other hosts."""
+    self.wait()
+    if not self._failed:
+      self._checkpointer.close()
 
   def _folder(self, step: int) -> Path:
     return Path(self._checkpointer.directory) / str(step)

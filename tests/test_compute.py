@@ -6,13 +6,14 @@ That accumulation and recomputation change no number is in tests/test_sharding.p
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from make_golden_step import DIMS, TINY, recording_step, replaced, speech_batches, tiny_teacher
+from make_golden_step import DIMS, TINY, fast, recording_step, replaced, speech_batches, tiny_teacher
 
 from lmspt_jax.audio.stft import stft
 from lmspt_jax.checkpoint import CheckpointStore, restore_for_inference
@@ -139,30 +140,30 @@ def test_bfloat16_is_between_the_first_and_the_last_convolution(batches):
   """Audio, the encoders' last convolution, quantizers and what comes out are float32; blocks are bfloat16."""
   model = SpeechTokenizer(TINY.model, rngs=nnx.Rngs(0), compute=BFLOAT16)
   audio = jnp.asarray(batches[0]['audio'])
-  x = model.semantic_encoder.conv_in(audio[:, :, None])
-  assert x.dtype == jnp.float32
-  assert model.semantic_encoder.blocks[0](x).dtype == jnp.bfloat16
-  assert model.decoder.blocks[0](jnp.zeros((1, 4, 16))).dtype == jnp.bfloat16
-  out = model(audio)
+  encoder, dtype_of = model.semantic_encoder, lambda function, x: jax.eval_shape(function, x).dtype
+  assert dtype_of(encoder.conv_in, audio[:, :, None]) == jnp.float32
+  assert dtype_of(encoder.blocks[0], jnp.zeros((1, 320, 4))) == jnp.bfloat16
+  assert dtype_of(model.decoder.blocks[0], jnp.zeros((1, 4, 16))) == jnp.bfloat16
+  out = fast(model)(audio)
   for value in (out.audio, out.resynthesis, out.semantic.quantized, out.semantic.latents, out.acoustic.quantized):
     assert value.dtype == jnp.float32
     assert not np.array_equal(value, value.astype(jnp.bfloat16))  # and not bfloat16 numbers in float32
   assert {leaf.dtype for leaf in jax.tree.leaves(nnx.state(model, nnx.Param))} == {jnp.dtype('float32')}
-  exact = SpeechTokenizer(TINY.model, rngs=nnx.Rngs(0))(audio)
+  exact = fast(SpeechTokenizer(TINY.model, rngs=nnx.Rngs(0)))(audio)
   np.testing.assert_allclose(out.audio, exact.audio, atol=0.02 * float(jnp.abs(exact.audio).max()))
 
 
 def test_bfloat16_discriminators_and_teacher():
   audio = jnp.asarray(speech_batches(TINY, 1)[0]['audio'])
   judges = Discriminators(TINY.discriminator, 16_000, rngs=nnx.Rngs(0), compute=BFLOAT16)
-  assert {leaf.dtype for leaf in jax.tree.leaves(judges(audio))} == {jnp.dtype('bfloat16')}
+  assert {leaf.dtype for leaf in jax.tree.leaves(jax.eval_shape(judges, audio))} == {jnp.dtype('bfloat16')}
 
   teacher = stored_params(tiny_teacher(), BFLOAT16)
   dtypes = {path.rpartition('/')[2]: leaf.dtype for path, leaf in flat(teacher).items()}
   assert dtypes == {'kernel': jnp.bfloat16, 'bias': np.float32, 'scale': np.float32}
   mel = jnp.asarray(np.sin(np.arange(2 * 40 * 80, dtype=np.float32)).reshape(2, 40, 80))
-  features = bind(WhisperEncoder, DIMS, teacher, dtype=jnp.bfloat16)(mel)
-  exact = bind(WhisperEncoder, DIMS, tiny_teacher())(mel)
+  features = fast(bind(WhisperEncoder, DIMS, teacher, dtype=jnp.bfloat16))(mel)
+  exact = fast(bind(WhisperEncoder, DIMS, tiny_teacher()))(mel)
   assert features.dtype == jnp.float32
   error = float(jnp.abs(features - exact).max() / jnp.abs(exact).max())
   assert 1e-5 < error < 0.02
@@ -185,9 +186,9 @@ def test_snake_gradient_is_that_of_its_formula():
 
 def kept_bytes(function, *arguments) -> int:
   """What a forward pass keeps for its backward pass, without its arguments."""
-  _, pull_back = jax.vjp(function, *arguments)
-  given = {id(leaf) for leaf in jax.tree.leaves(arguments)}
-  return sum(leaf.nbytes for leaf in jax.tree.leaves(pull_back) if id(leaf) not in given)
+  kept = jax.eval_shape(lambda *arguments: jax.vjp(function, *arguments)[1], *arguments)
+  size = lambda tree: sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(tree))
+  return size(kept) - size(arguments)
 
 
 def test_recomputation_keeps_less(batches):
@@ -220,14 +221,14 @@ def test_bands_in_one_scan_are_the_bands_one_by_one(size, edges, batches):
   judge = ResolutionDiscriminator(size, 4, edges, rngs=nnx.Rngs(0))
   spectrum = stft(jnp.asarray(batches[0]['audio']), size, size // 4, padding='match_stride')
   x = jnp.stack([spectrum.real, spectrum.imag], axis=-1)
-  one_by_one, scanned = judge._one_by_one(x), judge._scanned(x)
+  one_by_one, scanned = fast(judge._one_by_one)(x), fast(judge._scanned)(x)
   assert jax.tree.map(jnp.shape, one_by_one) == jax.tree.map(jnp.shape, scanned)
   assert len(one_by_one) == len(edges) - 1
   for got, expected in zip(*map(jax.tree.leaves, (scanned, one_by_one)), strict=True):
     np.testing.assert_allclose(got, expected, rtol=1e-4, atol=1e-5)
 
   def gradient(function):
-    return jax.grad(lambda x: sum(jnp.sum(jnp.sin(3 * leaf)) for leaf in jax.tree.leaves(function(x))))(x)
+    return fast(jax.grad(lambda x: sum(jnp.sum(jnp.sin(3 * leaf)) for leaf in jax.tree.leaves(function(x)))))(x)
 
   expected = gradient(judge._one_by_one)
   np.testing.assert_allclose(gradient(judge._scanned), expected, atol=1e-4 * float(jnp.abs(expected).max()))

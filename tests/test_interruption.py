@@ -244,8 +244,16 @@ def stub_step(monkeypatch):
 
 
 def test_a_notice_stops_the_run_and_saves(train, stub_step, server, tmp_path):
-  server.set('preempted', 'TRUE')
-  status, _, err = train('--config.train.num_steps=100000', '--config.train.checkpoint_every=100000')
+  metrics = tmp_path / 'run' / 'metrics.jsonl'
+
+  def later() -> None:
+    wait_for(lambda: metrics.exists() and metrics.read_text().count('\n') >= 2)
+    server.set('preempted', 'TRUE')
+
+  thread = threading.Thread(target=later)
+  thread.start()
+  status, _, err = train('--config.train.num_steps=5000', '--config.train.checkpoint_every=5000')
+  thread.join()
   assert status == 75, err
   assert 'preempted = TRUE, says the metadata server: stopped at step' in err.replace('\n', ' ')
   assert watches() == []

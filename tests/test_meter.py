@@ -44,7 +44,9 @@ def clock(monkeypatch):
 
 
 class Rows(list):
-  """A writer and a progress bar."""
+  """A writer and a progress bar, which is off where there is no terminal."""
+
+  disable = False
 
   def write(self, step, values):
     self.append((step, values))
@@ -70,6 +72,17 @@ def make_meter(rows, goodput, flops=0, peak=None, **train):
 def found(audio_seconds=8.0):
   return {name: mean(np.float32(1)) for name in ('loss/mel', 'loss/distillation', 'loss/discriminator')} | {
       'audio_seconds': (np.float32(audio_seconds), np.float32(1))}
+
+
+def test_without_a_terminal_a_log_gets_lines(clock, rows, capsys):
+  rows.disable = True
+  measured = make_meter(rows, Goodput(None, None), log_every=2, num_steps=4)
+  for step in range(1, 5):
+    measured.add(step, found())
+  measured.flush()
+  lines = capsys.readouterr().out.splitlines()
+  assert [line.split(':')[0] for line in lines] == ['step 2/4', 'step 4/4']
+  assert 'mel 1.00' in lines[0] and not hasattr(rows, 'shown')
 
 
 def test_a_row_says_what_happened_since_the_last(clock, rows):

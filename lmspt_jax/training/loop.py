@@ -89,8 +89,9 @@ def train(config: ExperimentConfig, workdir: str | Path) -> None:
     writer = metrics_lib.MetricWriter(output, start)
     cleanup.callback(writer.close)
     last = config.train.num_steps
+    # On a terminal only (None): in a log a bar would be one endless line.
     bar = cleanup.enter_context(tqdm(total=last, initial=start, unit='step', dynamic_ncols=True,
-                                      disable=not output))
+                                     disable=None if output else True))
     skipped = SkippedSteps(config, mixture, workdir, start, int(state.skipped_in_row))
     goodput = Goodput(output, store.record(start)['timing'] if start else None)
     meter = Meter(config, writer, bar, skipped, flops=count_flops(traced.jaxpr, jax.default_backend()).model_flops,

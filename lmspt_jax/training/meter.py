@@ -16,6 +16,7 @@ from lmspt_jax import metrics as metrics_lib
 from lmspt_jax.chips import chip_of
 from lmspt_jax.config import ExperimentConfig
 from lmspt_jax.errors import LmsptError
+from lmspt_jax.hosts import is_writer
 from lmspt_jax.training.nonfinite import SkippedSteps
 
 _FIRST_START = 'first_start.json'
@@ -130,11 +131,15 @@ class Meter:
     self._steps, self._audio_seconds, self._waited, self._row_start = 0, 0.0, 0.0, now
     self._writer.write(step, values)
     used = values.get('model_flop_utilisation')
-    self._bar.set_postfix_str(
+    text = (
         f'mel {values["loss/mel"]:.2f}, distill {values["loss/distillation"]:.3f}, '
         f'd {values["loss/discriminator"]:.2f}, {values["audio_seconds_per_second"]:.1f} audio s/s'
         + (f', {used:.1%} of peak' if used is not None else '')
         + (f', {values["waiting_for_data"]:.0%} waiting' if values['waiting_for_data'] > 0.05 else ''))
+    if not self._bar.disable:
+      self._bar.set_postfix_str(text)
+    elif is_writer():  # no terminal: a line for the log
+      print(f'step {step}/{self._config.train.num_steps}: {text}', flush=True)
 
   def _measured(self, elapsed: float) -> dict[str, float]:
     """What the clock says of the steps since the last row."""
