@@ -13,8 +13,9 @@ import logging
 import os
 import re
 import sys
+import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,14 +24,17 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from lmspt_jax.config import ExperimentConfig, from_dict
-from lmspt_jax.errors import LmsptError
+from lmspt_jax.errors import Interrupted, LmsptError
 from lmspt_jax.models.tokenizer import SpeechTokenizer, abstract_tokenizer, merge_tokenizer
 
 FOLDER = 'checkpoints'
 FORMAT = 2  # raised when the state's layout changes
+_LISTEN = 1.0  # seconds between two looks at a save in the background
 # What tensorstore prefixes its ValueErrors with when it is the store that fails.
 _STORE_FAULT = re.compile('(RESOURCE_EXHAUSTED|OUT_OF_RANGE|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|UNAVAILABLE|'
                           'DEADLINE_EXCEEDED|FAILED_PRECONDITION|ABORTED|DATA_LOSS|INTERNAL|UNKNOWN): ')
+
+_failed_saves: list[BaseException] = []  # what Orbax's threads have met with since the last save began
 
 
 def has_checkpoint(workdir: str | Path) -> bool:
@@ -44,9 +48,13 @@ class CheckpointStore:
   Args:
     workdir: the run's folder; checkpoints lie in `checkpoints/STEP`.
     keep: how many of the newest stay.
+    alarm: called from a thread with the message of a save that failed in the background. For several hosts: this one's
+      main thread may wait for another that waits for this one's part of the checkpoint.
+
+  As a context manager, it is closed at the end; but of several hosts, one that fails waits for no save.
   """
 
-  def __init__(self, workdir: str | Path, keep: int | None = None):
+  def __init__(self, workdir: str | Path, keep: int | None = None, alarm: Callable[[str], None] | None = None):
     training = ocp.training
     policy = training.preservation_policies.LatestN(keep) if keep else training.preservation_policies.PreserveAll()
     context = _context()
@@ -63,6 +71,14 @@ class CheckpointStore:
       raise LmsptError(f'{folder}: can\'t be used ({error.strerror}); give a --workdir that you own') from error
     self._saving: int | None = None  # step
     self._failed = False
+    self._alarm = alarm
+
+  def __enter__(self) -> CheckpointStore:
+    return self
+
+  def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+    if self._alarm is None or kind is None or issubclass(kind, Interrupted):  # else the others may be gone
+      self.close()
 
   @property
   def latest_step(self) -> int | None:
@@ -77,22 +93,26 @@ class CheckpointStore:
         `close`.
     """
     self.wait()
+    _failed_saves.clear()
     if step != self.latest_step:
       with _writing(self._folder(step)):
         self._checkpointer.save_checkpointables_async(step, _parts(state, record), force=True)
       self._saving = step
+      if self._alarm is not None:
+        threading.Thread(target=self._listen, args=(step,), name=f'lmspt-save-{step}', daemon=True).start()
+
+  def _listen(self, step: int) -> None:
+    while self._saving == step and self._checkpointer.is_saving_in_progress():
+      if _failed_saves:
+        self._alarm(_cannot_write(self._folder(step), _failed_saves[0]))
+        return
+      time.sleep(_LISTEN)
 
   def check(self) -> None:
     """Raises if the last save has failed by now; waits for nothing."""
-    if self._saving is None:
-      return
-    try:
-      with _writing(self._folder(self._saving)):
-        # Orbax itself would say it only once all hosts have come to their end, or after twenty minutes.
-        self._checkpointer._manager.check_for_errors()
-    except LmsptError:
-      self._failed, self._saving = True, None
-      raise
+    if self._saving is not None and _failed_saves:
+      folder, self._failed, self._saving = self._folder(self._saving), True, None
+      raise LmsptError(_cannot_write(folder, _failed_saves[0])) from _failed_saves[0]
 
   def restore(self, step: int, abstract_state: Any) -> tuple[Any, dict[str, Any]]:
     """State (on the shardings of `abstract_state`) and record of a step."""
@@ -165,19 +185,31 @@ def _context() -> ocp.Context:
 @contextlib.contextmanager
 def _writing(folder: Path) -> Iterator[None]:
   """What Orbax and tensorstore raise for a store that takes nothing more, as one line."""
-  _say_once()
+  _hear_once()
   try:
     yield
   except (OSError, ValueError) as error:
-    if isinstance(error, ValueError) and not _STORE_FAULT.match(str(error)):
+    if not _is_of_store(error):
       raise
-    raise LmsptError(f'{folder}: this checkpoint could not be written ({error}), earlier ones are whole; make room '
-                     'there, or mend access to it, and run the same command again') from error
+    raise LmsptError(_cannot_write(folder, error)) from error
+
+
+def _is_of_store(error: BaseException | None) -> bool:
+  return isinstance(error, OSError) or (isinstance(error, ValueError) and bool(_STORE_FAULT.match(str(error))))
+
+
+def _cannot_write(folder: Path, error: BaseException) -> str:
+  return (f'{folder}: this checkpoint could not be written ({error}), earlier ones are whole; make room there, or mend '
+          'access to it, and run the same command again')
 
 
 @functools.cache
-def _say_once() -> None:
-  """From now on, what a failed save raises is not reported by its threads as well, each with all its calls."""
+def _hear_once() -> None:
+  """From now on, what makes a save fail in the background is noted, and not told by Orbax with all its calls.
+
+  Its log is where a failure can be seen at once: Orbax raises it only when all hosts have come to their end, which the
+  others may not do without this one, or after twenty minutes.
+  """
   show = sys.unraisablehook
 
   def unless_late(report: Any) -> None:
@@ -185,9 +217,15 @@ def _say_once() -> None:
     if not isinstance(report.exc_value, RuntimeError) or str(report.exc_value) != 'Event loop is closed':
       show(report)
 
+  def note(record: logging.LogRecord) -> bool:
+    if not record.exc_info or f'{os.sep}orbax{os.sep}' not in record.pathname:
+      return True
+    if _is_of_store(record.exc_info[1]):
+      _failed_saves.append(record.exc_info[1])
+    return False
+
   sys.unraisablehook = unless_late
-  logging.getLogger('absl').addFilter(
-      lambda record: not (record.exc_info and f'{os.sep}orbax{os.sep}' in record.pathname))
+  logging.getLogger('absl').addFilter(note)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,7 @@
 """The command line: what it does on good input, and one line with exit status not 0 on bad input."""
 
 import dataclasses
+import errno
 import subprocess
 import sys
 import types
@@ -151,6 +152,12 @@ def test_a_run_told_to_stop_leaves_with_75(lmspt, loop, config_file):
   status, _, err = lmspt('train', f'--config={config_file}', '--workdir=w')
   assert status == 75
   assert err == 'lmspt: saved step 12\n'
+
+
+def test_a_full_disk_is_one_line(fails, loop, config_file):
+  loop.raises = OSError(errno.ENOSPC, 'No space left on device', 'w/metrics.jsonl')
+  fails(['train', f'--config={config_file}', '--workdir=w'],
+        "w/metrics.jsonl: can't be written (No space left on device); make room there")
 
 
 def test_a_fault_in_training_is_one_line(fails, loop, config_file):

@@ -41,7 +41,7 @@ CONFIG = replaced(
 
 # The command line itself, with what the tests look at or bring about.
 DRIVER = """
-import gc, hashlib, os, sys, time
+import gc, hashlib, os, resource, sys, time
 
 gc.disable()  # a third of the time of tracing
 
@@ -67,6 +67,8 @@ class Watched:
   def __next__(self):
     if self.number == int(os.environ.get('FAIL_AT', -1)):
       raise LmsptError('data: no more of it')
+    if self.number == int(os.environ.get('FULL_AT', -1)):  # for the files of checkpoints; logs are shorter
+      resource.setrlimit(resource.RLIMIT_FSIZE, (20000, resource.RLIM_INFINITY))
     time.sleep(float(os.environ.get('SECONDS', 0)))
     batch = next(self.batches)
     with open(os.environ['ROWS'], 'a') as file:
@@ -322,6 +324,17 @@ def test_a_host_that_fails_says_why_to_all(start, tmp_path):
   assert (status_0, status_1) == (1, 1)
   assert last_line(output_0) == 'lmspt: stopped: host 1 failed: data: no more of it'
   assert last_line(output_1) == 'lmspt: error: data: no more of it'
+
+
+def test_a_host_that_cannot_save_ends_all(start, tmp_path):
+  """Its part of the checkpoint is what the other one's save waits for, and its own next step for the other host."""
+  run = start([tmp_path, tmp_path], *ALONE, devices=1, more=(BRISK[0], {**BRISK[1], 'FULL_AT': str(EVERY - 1)}))
+  (status_0, output_0), (status_1, output_1) = run.finish(0, 90), run.finish(1, 90)
+  assert (status_0, status_1) == (1, 1), output_0 + output_1
+  message = f'{tmp_path}/checkpoints/{EVERY}: this checkpoint could not be written ('
+  assert message in last_line(output_0) and 'host 1 failed: ' in last_line(output_0)
+  assert message in last_line(output_1)
+  assert newest(tmp_path) == 0
 
 
 def test_a_workdir_of_ones_own_is_refused(start, tmp_path):

@@ -11,6 +11,7 @@ keyboard.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import sys
 from collections.abc import Sequence
@@ -19,6 +20,8 @@ from typing import NoReturn
 from lmspt_jax.cli import flags
 from lmspt_jax.errors import EXIT_FAULT, EXIT_KEYBOARD, EXIT_USAGE, LmsptError, nearest
 from lmspt_jax.version import __version__
+
+_NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # whatever was written where
 
 VERBS = {
     'train': 'train a tokenizer, or resume a run',
@@ -48,6 +51,12 @@ def main(argv: Sequence[str] | None = None) -> int:
   except LmsptError as error:
     print(f'lmspt: error: {" ".join(str(error).split())}', file=sys.stderr)
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAULT
+  except OSError as error:
+    if error.errno not in _NO_ROOM:
+      raise
+    print(f'lmspt: error: {error.filename or "a file"}: can\'t be written ({error.strerror}); make room there and run '
+          'the same command again', file=sys.stderr)
+    return EXIT_FAULT
   except KeyboardInterrupt:
     print('lmspt: interrupted', file=sys.stderr)
     return EXIT_KEYBOARD

@@ -71,13 +71,17 @@ class Watch(threading.Thread):
   def tell(self, status: int, text: str) -> None:
     """Has the other hosts end with `status` too, unless they end for something else already.
 
-    This process then ends by itself, but without JAX's shutdown, which would wait for those that have just gone.
+    This process then ends by itself, within _GRACE seconds: not with JAX's shutdown, nor with the threads of a save,
+    all of which would wait for those that have just gone.
     """
     self._status = status
     self._failing.set()
     self._post(status, f'host {self._me} failed: {text}', lost=0)
     self._wave()
     atexit.register(self._end_quietly)
+    late = threading.Timer(_GRACE, self._end_quietly)
+    late.daemon = True
+    late.start()
 
   def _end_quietly(self) -> NoReturn:
     sys.stdout.flush()

@@ -115,41 +115,11 @@ class ResolutionDiscriminator(nnx.Module):
   def __call__(self, audio_BN: Float[Array, 'B N']) -> list[Float[Array, 'B T F C']]:
     spectrum_BTF = stft(audio_BN, self.fft_size, self.fft_size // 4, padding='match_stride')
     x_BTFC = jnp.stack([spectrum_BTF.real, spectrum_BTF.imag], axis=-1)
-    by_band = jax.lax.platform_dependent(x_BTFC, cpu=self._one_by_one, default=self._scanned)
-    last = jnp.concatenate([maps[-1] for maps in by_band], axis=2)
-    return [*(each for maps in by_band for each in maps), self.conv_post(last)]
-
-  def _one_by_one(self, x_BTFC: Array) -> list[list[Array]]:
-    return [_activations(convs, x_BTFC[:, :, low:high])
-            for convs, low, high in zip(self.band_convs, self.band_bins[:-1], self.band_bins[1:], strict=True)]
-
-  def _scanned(self, x_BTFC: Array) -> list[list[Array]]:
-    """The same as one scan over bands, all as wide as the widest, with zeros where the others' own padding is.
-
-    For accelerators: a TPU's compiler takes minutes for five bands of convolutions of different widths.
-    """
-    widths = [[high - low] for low, high in zip(self.band_bins[:-1], self.band_bins[1:], strict=True)]
-    for layers in widths:
-      for conv in self.band_convs[0]:
-        layers.append((layers[-1] - 1) // conv.stride + 1)
-    widest = max(layers[0] for layers in widths)
-    inputs = [jnp.pad(x_BTFC[:, :, low : low + layers[0]], ((0, 0), (0, 0), (0, widest - layers[0]), (0, 0)))
-              for low, layers in zip(self.band_bins, widths, strict=False)]
-    graphdef = nnx.graphdef(self.band_convs[0])
-    params = jax.tree.map(lambda *bands: jnp.stack(bands), *(nnx.state(convs) for convs in self.band_convs))
-
-    def run(_, band):
-      params, x_BTFC, width_L = band
-      maps = []
-      for conv, width in zip(nnx.merge(graphdef, params), width_L, strict=True):
-        x_BTFC = jax.nn.leaky_relu(conv(x_BTFC), 0.1)
-        x_BTFC = jnp.where((jnp.arange(x_BTFC.shape[2]) < width)[:, None], x_BTFC, 0)
-        maps.append(x_BTFC)
-      return None, maps
-
-    _, stacked = jax.lax.scan(run, None, (params, jnp.stack(inputs), jnp.array([layers[1:] for layers in widths])))
-    return [[each[band][:, :, :width] for each, width in zip(stacked, layers[1:], strict=True)]
-            for band, layers in enumerate(widths)]
+    maps, bands = [], []
+    for convs, low, high in zip(self.band_convs, self.band_bins[:-1], self.band_bins[1:], strict=True):
+      maps += _activations(convs, x_BTFC[:, :, low:high])
+      bands.append(maps[-1])
+    return [*maps, self.conv_post(jnp.concatenate(bands, axis=2))]
 
 
 def _activations(convs: nnx.List, x_BHWC: Array) -> list[Array]:

@@ -70,8 +70,8 @@ def train(config: ExperimentConfig, workdir: str | Path) -> None:
     if output:
       (output / 'parameters.txt').write_text(parameter_table(table))
       print(f'{parameter_summary(table)}\nevery array: {output / "parameters.txt"}', flush=True)
-    store = CheckpointStore(workdir, keep=config.train.keep_checkpoints)
-    cleanup.callback(store.close)
+    store = cleanup.enter_context(CheckpointStore(
+        workdir, keep=config.train.keep_checkpoints, alarm=hosts.fail if jax.process_count() > 1 else None))
     start = json.loads(hosts.gather('start', json.dumps(store.latest_step))[0])  # others may see new files late
     if start is None:
       state = setup.fresh_state(experiment, shardings, mesh, mixture)
