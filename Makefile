@@ -28,7 +28,7 @@ demo: $(VENV)/.demo
 
 # A test file's JAX programs share compilations, so a file stays in one process.
 test: $(VENV)/.test
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-parity: $(VENV)/.parity
 	$(BIN)/python -m pytest tests/parity $(PYTEST_ARGS)
