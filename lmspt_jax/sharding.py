@@ -13,6 +13,7 @@ gradients return to the shards. The teacher is large, so it is split in use as w
 
 from __future__ import annotations
 
+import functools
 import math
 import re
 from collections.abc import Sequence
@@ -204,15 +205,18 @@ def gathered(params: Any) -> Any:
 # -------------------------------------------------------------------- the batch
 
 
+@functools.lru_cache(maxsize=8)  # asked for with every batch
 def local_rows(mesh: Mesh, batch_size: int) -> np.ndarray:
-  """Global rows of a batch that this host's devices hold, ascending int64.
+  """Global rows of a batch that this host's devices hold, read-only ascending int64.
 
   Devices are laid out for the network, not by host, so they need not be neighbours; with a tensor axis across hosts,
   several hosts hold the same.
   """
   sharding = NamedSharding(mesh, BATCH)
   held = sharding.addressable_devices_indices_map((batch_size,)).values()
-  return np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in held]))
+  rows = np.unique(np.concatenate([np.arange(batch_size)[rows] for (rows,) in held]))
+  rows.flags.writeable = False  # the cache hands the same array to everyone
+  return rows
 
 
 def shard_batch(batch: dict[str, np.ndarray], mesh: Mesh, batch_size: int) -> dict[str, jax.Array]:

@@ -12,7 +12,13 @@ from lmspt_jax.convert.dac import discriminator_params_from_torch
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.losses.adversarial import discriminator_loss, feature_matching_loss, generator_adversarial_loss
 from lmspt_jax.models.convolution2d import convolution, plain_convolution
-from lmspt_jax.models.discriminators import Discriminators, PeriodDiscriminator, ScaleDiscriminator, normalise
+from lmspt_jax.models.discriminators import (
+  Discriminators,
+  PeriodDiscriminator,
+  ResolutionDiscriminator,
+  ScaleDiscriminator,
+  normalise,
+)
 
 
 @pytest.fixture(scope='module')
@@ -76,6 +82,34 @@ def test_formulation_follows_the_platform():
     return jax.jit(grad).trace(*shapes).lower(lowering_platforms=(platform,)).as_text()
   assert 'lhs_dilate = [1, 2]' not in lowered('cpu')
   assert 'lhs_dilate = [1, 2]' in lowered('tpu')
+
+
+@pytest.mark.parametrize('channels', [4, 60])
+@pytest.mark.parametrize('edges', [DiscriminatorConfig().band_edges, (0.0, 0.4, 1.0)])
+def test_bands_together_equal_bands_apart(edges, channels):
+  """Features and all gradients; at 60 channels only two bands fit one convolution."""
+  discriminator = ResolutionDiscriminator(128, channels, edges, rngs=nnx.Rngs(0))
+  graph, params = nnx.split(discriminator)
+  x_BTFC = jax.random.normal(jax.random.key(0), (2, 6, 65, 2))
+
+  def features(name):
+    return lambda params, x: getattr(nnx.merge(graph, params), name)(x)
+
+  apart, pull_apart = jax.vjp(features('bands_apart'), params, x_BTFC)
+  together, pull_together = jax.vjp(features('bands_together'), params, x_BTFC)
+  assert [len(maps) for maps in together] == [5] * (len(edges) - 1)
+  cotangent = jax.tree.map(jnp.sin, apart)
+  for a, b in zip(jax.tree.leaves((apart, pull_apart(cotangent))),
+                  jax.tree.leaves((together, pull_together(cotangent))), strict=True):
+    np.testing.assert_allclose(a, b, atol=2e-5, rtol=1e-4)
+
+
+def test_a_tpu_takes_bands_together():
+  def convolutions(platform):
+    graph, params = nnx.split(ResolutionDiscriminator(1024, 32, DiscriminatorConfig().band_edges, rngs=nnx.Rngs(0)))
+    traced = jax.jit(lambda p, x: nnx.merge(graph, p)(x)).trace(params, jax.ShapeDtypeStruct((1, 4_096), jnp.float32))
+    return traced.lower(lowering_platforms=(platform,)).as_text().count('stablehlo.convolution')
+  assert [convolutions(platform) for platform in ('cpu', 'tpu')] == [5 * 5 + 1, 2 * 5 + 1]
 
 
 def test_normalise_ignores_offset_and_gain(discriminator_fixture):

@@ -12,14 +12,14 @@ import math
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import pytest
-from jax.sharding import AbstractMesh, AxisType, NamedSharding
+from jax.sharding import AbstractMesh, AxisType
 
 from lmspt_jax.cli.flags import load
 from lmspt_jax.config import CorpusConfig, DiscriminatorConfig, ExperimentConfig, QuirksConfig, from_dict, to_dict
 from lmspt_jax.models.whisper import WHISPER_SIZES, WhisperDims, WhisperEncoder, abstract_params
-from lmspt_jax.sharding import AXES, BATCH, Placement
+from lmspt_jax.sharding import AXES, Placement
+from lmspt_jax.training.compiled import trace_step
 from lmspt_jax.training.state import Experiment
 from lmspt_jax.training.step import make_train_step
 from lmspt_jax.training.teacher import stored_params
@@ -56,11 +56,6 @@ def experiment_of(config: ExperimentConfig, dims: WhisperDims):
   """(experiment, abstract state)."""
   experiment = Experiment(config, dims)
   return experiment, experiment.abstract_state()
-
-
-def placed(tree, shardings):
-  """Shapes, with the shardings that training gives them."""
-  return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
 
 
 def count(tree) -> int:
@@ -106,16 +101,11 @@ def test_the_whole_step_lowers_for_eight_chips(preset, name):
   if config != release and config.discriminator == release.discriminator:
     config = dataclasses.replace(config, discriminator=SMALL_DISCRIMINATOR)
   experiment, state = experiment_of(config, dims)
-  size = config.data.batch_size
-  batch = {'audio': jax.ShapeDtypeStruct((size, config.crop_samples), jnp.float32),
-           'num_samples': jax.ShapeDtypeStruct((size,), jnp.int32)}
-  batch = {key: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=NamedSharding(MESH, BATCH)) for key, x in batch.items()}
   placement = Placement(config, MESH)
   shardings = placement.shardings(state)
   teacher = jax.eval_shape(lambda params: stored_params(params, config.compute), abstract_params(WhisperEncoder, dims))
-  step = jax.jit(make_train_step(experiment, shardings), donate_argnums=0, out_shardings=(shardings, None))
   with jax.sharding.use_abstract_mesh(MESH):
-    traced = step.trace(placed(state, shardings), placed(teacher, placement.teacher(teacher)), batch)
+    traced = trace_step(make_train_step(experiment, shardings), config, placement, state, shardings, teacher)
 
   after, metrics = traced.out_info
   same = jax.tree.map(lambda a, b: (a.shape, a.dtype) == (b.shape, b.dtype), after, state)

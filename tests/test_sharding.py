@@ -28,7 +28,7 @@ from lmspt_jax.config import ExperimentConfig, MeshConfig, OptimizerConfig
 from lmspt_jax.data.mixture import Mixture
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.sharding import AXES, Placement, make_mesh, parameter_table, shard_batch
-from lmspt_jax.training import setup
+from lmspt_jax.training import compiled, setup
 from lmspt_jax.training.state import Experiment, TrainState
 from lmspt_jax.training.step import make_train_step
 from lmspt_jax.training.teacher import stored_params
@@ -115,8 +115,7 @@ def measure(out: Path) -> None:
   store = CheckpointStore(out)
   store.save(1, vars(jax.device_put(after_one['8x1x1'], shardings['8x1x1'])), {})
   store.wait()
-  wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), vars(abstract),
-                        vars(shardings['2x2x2']))
+  wanted = compiled.placed(vars(abstract), vars(shardings['2x2x2']))
   restored = TrainState(**store.restore(1, wanted)[0])
   store.close()
   figures['restored_differs'] = _differences(after_one['8x1x1'], _host(restored))
@@ -131,13 +130,13 @@ def measure(out: Path) -> None:
 
 def _stepper(experiment: Experiment, placement: Placement, shardings: TrainState):
   """(state, batch) -> (state, metrics), compiled as the training loop does."""
-  compiled = fast(make_train_step(experiment, shardings), donate_argnums=0, out_shardings=(shardings, None))
+  train_step = fast(make_train_step(experiment, shardings), donate_argnums=0, out_shardings=(shardings, None))
   teacher = stored_params(tiny_teacher(), experiment.config.compute)
 
   def run(state, batch):
     with jax.set_mesh(placement.mesh):
       params = jax.device_put(teacher, placement.teacher(teacher))
-      state, found = compiled(state, params, shard_batch(batch, placement.mesh, len(batch['audio'])))
+      state, found = train_step(state, params, shard_batch(batch, placement.mesh, len(batch['audio'])))
     return state, {name: float(total) / float(weight) for name, (total, weight) in found.items()}
 
   return run

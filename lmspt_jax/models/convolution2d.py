@@ -118,11 +118,15 @@ class Conv2d(nnx.Module):
     self.padding = (kernel_size[0] // 2, kernel_size[1] // 2)
 
   def __call__(self, x_BHWC: Float[Array, 'B H W C']) -> Float[Array, 'B H V O']:
-    v_HWIO = self.weight_v[...]
-    kernel_HWIO = v_HWIO * (self.weight_g[...] / _norm(v_HWIO))
-    y_BHVO = convolution(x_BHWC.astype(self.dtype), kernel_HWIO.astype(self.dtype), self.stride, self.padding,
-                         self.groups)
+    y_BHVO = convolution(x_BHWC.astype(self.dtype), self.kernel(), self.stride, self.padding, self.groups)
     return (y_BHVO + self.bias[...]).astype(self.dtype)  # the bias' gradient is summed in float32
+
+  def kernel(self) -> Float[Array, 'Hk Wk I O']:
+    v_HWIO = self.weight_v[...]
+    return (v_HWIO * (self.weight_g[...] / _norm(v_HWIO))).astype(self.dtype)
+
+  def output_width(self, width: int) -> int:
+    return (width + 2 * self.padding[1] - self.weight_v.shape[1]) // self.stride + 1
 
 
 def _norm(v_HWIO: Array) -> Array:

@@ -10,8 +10,11 @@ a map, so neither matters to them.
 
 from __future__ import annotations
 
+import itertools
+
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.typing import DTypeLike as DType
 from jaxtyping import Array, Float
@@ -19,11 +22,12 @@ from jaxtyping import Array, Float
 from lmspt_jax.audio.resample import resample
 from lmspt_jax.audio.stft import stft
 from lmspt_jax.config import FLOAT32, ComputeConfig, DiscriminatorConfig
-from lmspt_jax.models.convolution2d import Conv2d
+from lmspt_jax.models.convolution2d import Conv2d, convolution
 from lmspt_jax.models.layers import recomputed
 
 # (kernel, stride) of the multi-scale discriminator's layers; all but the first and last have groups of four channels.
 _SCALE_LAYERS = ((15, 1), (41, 4), (41, 4), (41, 4), (41, 4), (5, 1))
+_MATRIX_UNIT = 128  # channels that a TPU multiplies at once
 _RESAMPLE_EDGE = 26  # output samples that the resampler's filter reaches to one side, rounded up (24 / 0.945)
 
 
@@ -98,7 +102,13 @@ class ScaleDiscriminator(nnx.Module):
 
 
 class ResolutionDiscriminator(nnx.Module):
-  """Real and imaginary part of one STFT, cut into frequency bands with a convolution stack each."""
+  """Real and imaginary part of one STFT, cut into frequency bands with a convolution stack each.
+
+  One function, two formulations, chosen when the computation is lowered. On a TPU several bands go through one
+  convolution, side by side as channels, its kernel zero between them: the matrix unit, 128 channels wide, would stand
+  three quarters empty for a band of 32, and the train step's fifteen stacks took half of its compiler's time
+  (docs/scaling.md). Elsewhere those zeros would be computed with: each band has its own.
+  """
 
   def __init__(self, fft_size: int, channels: int, band_edges: tuple[float, ...], *, rngs: nnx.Rngs,
                dtype: DType = jnp.float32):
@@ -115,11 +125,64 @@ class ResolutionDiscriminator(nnx.Module):
   def __call__(self, audio_BN: Float[Array, 'B N']) -> list[Float[Array, 'B T F C']]:
     spectrum_BTF = stft(audio_BN, self.fft_size, self.fft_size // 4, padding='match_stride')
     x_BTFC = jnp.stack([spectrum_BTF.real, spectrum_BTF.imag], axis=-1)
-    maps, bands = [], []
-    for convs, low, high in zip(self.band_convs, self.band_bins[:-1], self.band_bins[1:], strict=True):
-      maps += _activations(convs, x_BTFC[:, :, low:high])
-      bands.append(maps[-1])
-    return [*maps, self.conv_post(jnp.concatenate(bands, axis=2))]
+    graphdef, state = nnx.split(self)
+    bands = jax.lax.platform_dependent(
+        state, x_BTFC, tpu=lambda state, x: nnx.merge(graphdef, state).bands_together(x),
+        default=lambda state, x: nnx.merge(graphdef, state).bands_apart(x))
+    maps = [band_map for maps in bands for band_map in maps]
+    return [*maps, self.conv_post(jnp.concatenate([maps[-1] for maps in bands], axis=2))]
+
+  def bands_apart(self, x_BTFC: Float[Array, 'B T F C']) -> list[list[Float[Array, 'B T F C']]]:
+    """Every band's feature maps, lowest band first."""
+    return [_activations(convs, x_BTFC[:, :, low:high])
+            for convs, (low, high) in zip(self.band_convs, itertools.pairwise(self.band_bins), strict=True)]
+
+  def bands_together(self, x_BTFC: Float[Array, 'B T F C']) -> list[list[Float[Array, 'B T F C']]]:
+    """The same, neighbouring bands of similar width in one convolution."""
+    slices = [x_BTFC[:, :, low:high] for low, high in itertools.pairwise(self.band_bins)]
+    limit = max(1, _MATRIX_UNIT // self.conv_post.weight_v.shape[2])
+    maps = []
+    for group in _similar([band.shape[2] for band in slices], limit):
+      maps += _activations_side_by_side([self.band_convs[i] for i in group], [slices[i] for i in group])
+    return maps
+
+
+def _similar(widths: list[int], limit: int) -> list[list[int]]:
+  """Indices in runs of at most `limit` neighbours, the widest of a run at most twice as wide as its narrowest."""
+  runs: list[list[int]] = []
+  for index in range(len(widths)):
+    run = [widths[i] for i in (*runs[-1], index)] if runs else []
+    if run and len(run) <= limit and max(run) <= 2 * min(run):
+      runs[-1].append(index)
+    else:
+      runs.append([index])
+  return runs
+
+
+def _activations_side_by_side(stacks: list[nnx.List], bands: list[Array]) -> list[list[Array]]:
+  """`_activations` of several stacks of equal shapes, each on its band [B, H, W, C] of its own width W."""
+  widths = [band.shape[2] for band in bands]
+  pad = lambda x, axis, before, after: jnp.pad(x, [(before, after) if i == axis else (0, 0) for i in range(x.ndim)])
+  x_BHWC = jnp.concatenate([pad(band, 2, 0, max(widths) - band.shape[2]) for band in bands], axis=3)
+  maps: list[list[Array]] = [[] for _ in bands]
+  for convs in zip(*stacks, strict=True):
+    kernels = [conv.kernel() for conv in convs]
+    channels = kernels[0].shape[2]  # of one band
+    kernel_HWIO = jnp.concatenate([
+        pad(kernel, 2, i * channels, (len(kernels) - 1 - i) * channels) for i, kernel in enumerate(kernels)], axis=3)
+    conv = convs[0]
+    y_BHWO = convolution(x_BHWC.astype(conv.dtype), kernel_HWIO, conv.stride, conv.padding)
+    y_BHWO = y_BHWO + jnp.concatenate([conv.bias[...] for conv in convs])
+    x_BHWC = jax.nn.leaky_relu(y_BHWO.astype(conv.dtype), 0.1)
+    widths = [conv.output_width(width) for width in widths]
+    out_channels = kernels[0].shape[3]
+    if min(widths) < max(widths):
+      # What lies past a narrower band's end is the zero padding of its next convolution.
+      inside_WO = np.arange(max(widths))[:, None] < np.repeat(widths, out_channels)
+      x_BHWC = x_BHWC * jnp.asarray(inside_WO, conv.dtype)
+    for i, width in enumerate(widths):
+      maps[i].append(x_BHWC[:, :, :width, i * out_channels : (i + 1) * out_channels])
+  return maps
 
 
 def _activations(convs: nnx.List, x_BHWC: Array) -> list[Array]:

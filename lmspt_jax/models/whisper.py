@@ -2,9 +2,9 @@
 
 Axis letters: B batch, T mel frames or encoder positions, F mel bands, L text tokens, S cached tokens, D width,
 H heads, V vocabulary. Everything is float32, but for an encoder that is asked for another dtype: then its products
-are of that, norms, softmax and the sums over blocks stay float32. Modules are used functionally: `bind` puts
-parameters (a jit argument) into a module inside the traced function, and nothing is random or mutable after
-construction.
+are of that, and of a narrower one norms, softmax and the sums over blocks stay float32. Modules are used functionally:
+`bind` puts parameters (a jit argument) into a module inside the traced function, and nothing is random or mutable
+after construction.
 """
 
 from __future__ import annotations
@@ -70,9 +70,13 @@ def sinusoids(length: int, width: int) -> np.ndarray:
   return table
 
 
-def _norm(width: int, rngs: nnx.Rngs) -> nnx.LayerNorm:
+def _at_least_float32(dtype: DType) -> DType:
+  return jnp.promote_types(dtype, jnp.float32)
+
+
+def _norm(width: int, rngs: nnx.Rngs, dtype: DType = jnp.float32) -> nnx.LayerNorm:
   # The fast variance, E[x^2] - E[x]^2, loses digits on Whisper's few very large channels.
-  return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, dtype=jnp.float32, rngs=rngs)
+  return nnx.LayerNorm(width, epsilon=1e-5, use_fast_variance=False, dtype=_at_least_float32(dtype), rngs=rngs)
 
 
 class Attention(nnx.Module):
@@ -95,7 +99,7 @@ class Attention(nnx.Module):
     scores_BHLS = jnp.matmul(q_BHLd * q_BHLd.shape[-1] ** -0.5, jnp.swapaxes(k_BHSd, 2, 3))
     if mask_LS is not None:
       scores_BHLS = jnp.where(mask_LS, scores_BHLS, -jnp.inf)
-    shares_BHLS = jax.nn.softmax(scores_BHLS.astype(jnp.float32), axis=-1).astype(v_BHSd.dtype)
+    shares_BHLS = jax.nn.softmax(scores_BHLS.astype(_at_least_float32(scores_BHLS.dtype)), axis=-1).astype(v_BHSd.dtype)
     mixed_BHLd = jnp.matmul(shares_BHLS, v_BHSd)
     return self.out(jnp.swapaxes(mixed_BHLd, 1, 2).reshape(x_BLD.shape))
 
@@ -118,9 +122,9 @@ class EncoderBlock(nnx.Module):
   """Pre-norm transformer block, [B, T, D] -> [B, T, D]."""
 
   def __init__(self, width: int, heads: int, *, rngs: nnx.Rngs, dtype: DType = jnp.float32):
-    self.attention_norm = _norm(width, rngs)
+    self.attention_norm = _norm(width, rngs, dtype)
     self.attention = Attention(width, heads, dtype=dtype, rngs=rngs)
-    self.mlp_norm = _norm(width, rngs)
+    self.mlp_norm = _norm(width, rngs, dtype)
     self.mlp = FeedForward(width, dtype=dtype, rngs=rngs)
 
   def __call__(self, x_BTD: Array) -> Array:
@@ -148,7 +152,7 @@ class WhisperEncoder(nnx.Module):
     self.conv2 = nnx.Conv(dims.width, dims.width, kernel_size=(3,), strides=2, padding=1, dtype=dtype, rngs=rngs)
     blocks = [nnx.split(EncoderBlock(dims.width, dims.heads, dtype=dtype, rngs=rngs)) for _ in range(dims.audio_layers)]
     self.blocks = nnx.merge(blocks[0][0], jax.tree.map(lambda *leaves: jnp.stack(leaves), *(s for _, s in blocks)))
-    self.norm = _norm(dims.width, rngs)
+    self.norm = _norm(dims.width, rngs, dtype)
 
   def __call__(self, mel_BTF: Array) -> Array:
     """float32 log-mel [B, T, n_mels] at 100 Hz -> float32 [B, ceil(T / 2), width].
@@ -160,7 +164,8 @@ class WhisperEncoder(nnx.Module):
     if positions > self.audio_context:
       raise ValueError(f'{mel_BTF.shape[1]} mel frames are more than the {2 * self.audio_context} the encoder takes')
     x_BTD = jax.nn.gelu(self.conv1(mel_BTF), approximate=False)
-    x_BTD = jax.nn.gelu(self.conv2(x_BTD), approximate=False).astype(jnp.float32)
+    x_BTD = jax.nn.gelu(self.conv2(x_BTD), approximate=False)
+    x_BTD = x_BTD.astype(_at_least_float32(x_BTD.dtype))
     x_BTD = x_BTD + sinusoids(self.audio_context, x_BTD.shape[-1])[:positions]
     graphdef, layers = nnx.split(self.blocks)
 

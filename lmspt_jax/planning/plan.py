@@ -26,7 +26,7 @@ from lmspt_jax.models.whisper import WHISPER_SIZES, WhisperDims, WhisperEncoder,
 from lmspt_jax.planning.hlo import Program
 from lmspt_jax.planning.roofline import Roofline
 from lmspt_jax.sharding import Placement, make_mesh
-from lmspt_jax.training.compiled import abstract_batch, trace_step
+from lmspt_jax.training.compiled import abstract_batch, compile_step, trace_step
 from lmspt_jax.training.flops import Arithmetic, count_flops
 from lmspt_jax.training.state import Experiment, TrainState
 from lmspt_jax.training.step import make_train_step
@@ -123,12 +123,12 @@ def plan(config: ExperimentConfig, topology: Topology, keep_text: Callable[[str]
     shardings = placement.shardings(abstract)
     step = make_train_step(experiment, shardings)
     traced = trace_step(step, config, placement, abstract, shardings, teacher)
-    arithmetic = count_flops(traced.jaxpr, 'tpu')
+    arithmetic = count_flops(traced.jaxpr)
     resident = _resident(config, placement, abstract, teacher)
     counted = {'model_flops': dict(arithmetic.parts)}
     lowered = traced.lower(lowering_platforms=('tpu',))
     try:
-      compiled = lowered.compile()
+      compiled = compile_step(lowered, config, 'tpu')
     except jax.errors.JaxRuntimeError as error:
       memory = {'memory': _exhausted(error)}
       return Plan(topology.name, setup, resident, memory, counted, {}, fits=False)

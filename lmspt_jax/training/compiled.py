@@ -28,9 +28,7 @@ def placed(tree: Any, shardings: Any) -> Any:
 
 def trace_step(step: TrainStep, config: ExperimentConfig, placement: Placement, abstract: TrainState,
                shardings: TrainState, teacher_params: Any) -> jax.stages.Traced:
-  """The jitted step, its state donated, ready for `.lower().compile()`.
-
-  What that gives is called with (state, teacher_params, batch), each where `placement` puts it.
+  """The jitted step, its state donated, ready for `.lower()` and `compile_step`.
 
   Args:
     step: of `make_train_step`.
@@ -42,3 +40,11 @@ def trace_step(step: TrainStep, config: ExperimentConfig, placement: Placement, 
   jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, None))
   teacher = placed(teacher_params, placement.teacher(teacher_params))
   return jitted.trace(placed(abstract, shardings), teacher, abstract_batch(config, placement))
+
+
+def compile_step(lowered: jax.stages.Lowered, config: ExperimentConfig, platform: str) -> jax.stages.Compiled:
+  """For 'tpu', 'gpu' or 'cpu'. Called with (state, teacher_params, batch), each where the placement puts it."""
+  options = {}
+  if platform == 'tpu' and config.compute.scoped_vmem_kib:
+    options['xla_tpu_scoped_vmem_limit_kib'] = str(config.compute.scoped_vmem_kib)
+  return lowered.compile(compiler_options=options)

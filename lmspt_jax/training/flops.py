@@ -1,7 +1,8 @@
 """Arithmetic of a traced computation: multiplications and additions of its matrix products and convolutions.
 
-The count is the model's own, the same whatever compiles it: loops times their length, zeros put between the samples of
-a strided convolution's gradient left out, and what a rematerialisation computes again kept apart. Fourier transforms
+The count is the model's own, the same whatever compiles it: of a computation with a form for each platform the default
+one, loops times their length, zeros put between the samples of a strided convolution's gradient left out, and what a
+rematerialisation computes again kept apart. Fourier transforms
 and elementwise work are not counted.
 """
 
@@ -52,17 +53,14 @@ class Arithmetic:
     self.passes += other.passes
 
 
-def count_flops(jaxpr: core.ClosedJaxpr, platform: str) -> Arithmetic:
-  """Counts a traced computation (`jax.stages.Traced.jaxpr`).
-
-  `platform` ('cpu', 'tpu') decides where a computation has a form for each (`jax.lax.platform_dependent`).
-  """
+def count_flops(jaxpr: core.ClosedJaxpr) -> Arithmetic:
+  """Counts a traced computation (`jax.stages.Traced.jaxpr`)."""
   found = Arithmetic()
-  _count(jaxpr.jaxpr, '', 1, platform, found)
+  _count(jaxpr.jaxpr, '', 1, found)
   return found
 
 
-def _count(jaxpr: core.Jaxpr, path: str, times: int, platform: str, total: Arithmetic) -> None:
+def _count(jaxpr: core.Jaxpr, path: str, times: int, total: Arithmetic) -> None:
   platforms = {}  # variable -> the platforms that a branch index chooses between
   for eqn in jaxpr.eqns:
     name, params = eqn.primitive.name, eqn.params
@@ -74,21 +72,21 @@ def _count(jaxpr: core.Jaxpr, path: str, times: int, platform: str, total: Arith
       total.parts[RECOMPUTED if 'rematted_computation' in here else scope_of(here)] += flops
       total.passes += flops * _passes(eqn)
     elif name == 'cond':
-      chosen = _branch(params['branches'], platforms.get(eqn.invars[0]), platform)
+      chosen = _branch(params['branches'], platforms.get(eqn.invars[0]))
       found = [Arithmetic() for _ in chosen]
       for branch, branch_total in zip(chosen, found, strict=True):
-        _count(branch.jaxpr, here, times, platform, branch_total)
+        _count(branch.jaxpr, here, times, branch_total)
       total.add(max(found, key=lambda each: each.passes))
     else:
       for inner in _inner(params):
-        _count(inner, here, times * params['length'] if name == 'scan' else times, platform, total)
+        _count(inner, here, times * params['length'] if name == 'scan' else times, total)
 
 
-def _branch(branches: Any, platforms: Any, platform: str) -> Any:
-  """The branch for the platform; all of them where the data decides."""
+def _branch(branches: Any, platforms: Any) -> Any:
+  """The default form (`jax.lax.platform_dependent`); all branches where the data decides."""
   if platforms is None:
     return branches
-  return [next(branch for branch, names in zip(branches, platforms, strict=True) if names is None or platform in names)]
+  return [branch for branch, names in zip(branches, platforms, strict=True) if names is None]
 
 
 def _inner(params: dict[str, Any]) -> list[core.Jaxpr]:

@@ -27,7 +27,7 @@ from lmspt_jax.data.mixture import Mixture
 from lmspt_jax.errors import Interrupted
 from lmspt_jax.sharding import Placement, make_mesh, parameter_summary, parameter_table, shard_batch
 from lmspt_jax.training import setup
-from lmspt_jax.training.compiled import trace_step
+from lmspt_jax.training.compiled import compile_step, trace_step
 from lmspt_jax.training.flops import count_flops
 from lmspt_jax.training.held_out import evaluate, make_eval_step
 from lmspt_jax.training.interruption import StopRequest
@@ -83,7 +83,7 @@ def train(config: ExperimentConfig, workdir: str | Path) -> None:
 
     # ---------------------------------------------------------------- the loop
     traced = trace_step(make_train_step(experiment, shardings), config, placement, abstract, shardings, teacher.params)
-    train_step = traced.lower().compile()
+    train_step = compile_step(traced.lower(), config, jax.default_backend())
     eval_step = jax.jit(make_eval_step(experiment), out_shardings=NamedSharding(mesh, PartitionSpec()))
     batches = cleanup.enter_context(setup.open_batches(config, mixture, mesh, start_batch=start))
     writer = metrics_lib.MetricWriter(output, start)
@@ -94,10 +94,11 @@ def train(config: ExperimentConfig, workdir: str | Path) -> None:
                                      disable=None if output else True))
     skipped = SkippedSteps(config, mixture, workdir, start, int(state.skipped_in_row))
     goodput = Goodput(output, store.record(start)['timing'] if start else None)
-    meter = Meter(config, writer, bar, skipped, flops=count_flops(traced.jaxpr, jax.default_backend()).model_flops,
+    meter = Meter(config, writer, bar, skipped, flops=count_flops(traced.jaxpr).model_flops,
                   peak_flops=peak_flops(jax.devices()), goodput=goodput)
 
     exchange = hosts.Exchange(mesh)
+    constant = {'config': to_dict(config), 'teacher_id': teacher.sha256}
     stopping = any(hosts.gather('stop', stop.reason))
 
     for step in range(start, last + 1):
@@ -109,7 +110,7 @@ def train(config: ExperimentConfig, workdir: str | Path) -> None:
       position = {'seed': config.train.seed, 'next_batch': step, 'fingerprint': mixture.fingerprint}
       if evaluates or saves or skipped.urgent:
         meter.flush()
-      record = {'config': to_dict(config), 'teacher_id': teacher.sha256, 'data': position, 'timing': goodput.record}
+      record = {**constant, 'data': position, 'timing': goodput.record}
       skipped.check(step, state, record)
       if evaluates:
         folder = output / 'held_out' / f'step_{step:08d}' if output else None

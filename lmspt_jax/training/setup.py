@@ -23,6 +23,7 @@ from lmspt_jax.errors import LmsptError
 from lmspt_jax.models.whisper import WhisperDims
 from lmspt_jax.sharding import Placement, local_rows, shard_batch
 from lmspt_jax.training import codebooks as codebook_rules
+from lmspt_jax.training.compiled import placed
 from lmspt_jax.training.state import Experiment, TrainState
 from lmspt_jax.training.teacher import WINDOW_SECONDS, stored_params
 
@@ -125,9 +126,7 @@ def fresh_state(experiment: Experiment, shardings: TrainState, mesh: Mesh, mixtu
 def restored_state(store: CheckpointStore, step: int, abstract: TrainState, shardings: TrainState,
                    teacher_id: str, mixture: Mixture) -> TrainState:
   """The state saved at `step`. Raises LmsptError where teacher or data are no longer those it was trained with."""
-  wanted = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), vars(abstract),
-                        vars(shardings))
-  arrays, record = store.restore(step, wanted)
+  arrays, record = store.restore(step, placed(vars(abstract), vars(shardings)))
   if record['teacher_id'] != teacher_id:
     raise LmsptError(f'teacher.checkpoint: its hash is {teacher_id[:16]}, the run was trained with '
                      f'{record["teacher_id"][:16]}; give that one, or use another --workdir')

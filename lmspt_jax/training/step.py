@@ -103,8 +103,10 @@ def make_train_step(experiment: Experiment, shardings: TrainState | None = None)
 
   def discriminate(params, audio_BN, fake_BN):
     with jax.named_scope('discriminators'):
-      maps = experiment.discriminators(params)(jnp.concatenate([audio_BN, fake_BN]))
-      real, fake = (jax.tree.map(lambda x, part=part: jnp.split(x, 2)[part], maps) for part in (0, 1))
+      # Every item beside its copy: one half after the other would move audio between the devices of a mesh.
+      pairs = jnp.stack([audio_BN, fake_BN], axis=1).reshape(-1, audio_BN.shape[1])
+      maps = experiment.discriminators(params)(pairs)
+      real, fake = (jax.tree.map(lambda x, part=part: x.reshape(-1, 2, *x.shape[1:])[:, part], maps) for part in (0, 1))
       return discriminator_loss(real, fake)
 
   def judge(forward: Forward, discriminator, teacher_params, part: Part):

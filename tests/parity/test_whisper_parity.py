@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import jax
+import jax.numpy as jnp
 import librosa
 import numpy as np
 import pytest
@@ -87,7 +88,9 @@ def test_encoder_in_double_precision(tiny, reference, speech, monkeypatch):
   mel_BTF = np.asarray(mel.log_mel_spectrogram(speech[1:], 80)).astype(np.float64)
   params = jax.tree.map(lambda value: value.astype(np.float64), tiny.params['encoder'])
   with jax.enable_x64(True):
-    ours = jax.jit(lambda p, x: whisper.bind(whisper.WhisperEncoder, tiny.dims, p)(x))(params, mel_BTF)
+    ours = jax.jit(lambda p, x: whisper.bind(whisper.WhisperEncoder, tiny.dims, p, dtype=jnp.float64)(x))(
+      params, mel_BTF
+    )
   # The reference's layer norm casts to float32.
   monkeypatch.setattr(openai_whisper.model.LayerNorm, 'forward', torch.nn.LayerNorm.forward)
   encoder = copy.deepcopy(reference.encoder).double()
