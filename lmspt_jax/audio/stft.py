@@ -60,14 +60,15 @@ def stft(x_BN: Array, fft_size: int, hop: int, padding: str = 'center') -> Array
   if x_BN.shape[1] < fft_size:
     raise ValueError(f'a signal of {x_BN.shape[1]} samples has no frame of {fft_size}')
   frames_BTN = frame(x_BN, fft_size, hop) * hann_window(fft_size)
-  return jax.lax.platform_dependent(frames_BTN, tpu=dft_by_product, default=jnp.fft.rfft)
+  return jax.lax.platform_dependent(
+      frames_BTN, tpu=dft_by_product, cuda=dft_by_product, rocm=dft_by_product, default=jnp.fft.rfft)
 
 
 def dft_by_product(x_BTN: Array) -> Array:
   """jnp.fft.rfft as a matrix product, float32 [B, T, N] -> complex64 [B, T, N // 2 + 1].
 
-  The form for a TPU: its compiler takes ten times as long over the transforms of a mel loss as over these products
-  (docs/scaling.md).
+  The form for accelerators: XLA does not split a Fourier transform over a mesh, it gathers the whole batch on every
+  device; and its TPU compiler takes ten times as long over the transforms of a mel loss (docs/scaling.md).
   """
   size = x_BTN.shape[-1]
   time_N1, bin_F = jnp.arange(size)[:, None], jnp.arange(size // 2 + 1)

@@ -139,7 +139,11 @@ def make_train_step(experiment: Experiment, shardings: TrainState | None = None)
     return jnp.moveaxis(x, 0, 1).reshape(-1, *x.shape[2:])
 
   def into_shards(gradients, where: str):
-    return gradients if shardings is None else jax.lax.with_sharding_constraint(gradients, getattr(shardings, where))
+    if shardings is None:
+      return gradients
+    # Summed whole, then cut (the compiler makes one operation of it). Without that stop the parameters' splits would
+    # spread into the backward pass, and activations be gathered over the mesh.
+    return jax.lax.with_sharding_constraint(gathered(gradients), getattr(shardings, where))
 
   def update(transformation, gradients, opt_state, params):
     with jax.named_scope('optimizer'):
