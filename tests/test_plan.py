@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -255,6 +256,13 @@ def test_without_the_compiler(config_file, capsys, monkeypatch):
   assert main(['plan', f'--config={config_file}', '--topology=v5e:2x2']) == 1
   assert capsys.readouterr().err == (
       "lmspt: error: lmspt plan needs the TPU compiler, libtpu: pip install 'lmspt_jax[plan]'\n")
+
+
+def test_another_compiler_than_jax_takes(config_file, capsys, monkeypatch):
+  monkeypatch.setattr(planning.metadata, 'version', lambda name: '0.9.9')
+  assert main(['plan', f'--config={config_file}', '--topology=v5e:2x2']) == 1
+  error = capsys.readouterr().err
+  assert re.fullmatch(r"lmspt: error: libtpu 0.9.9: jax [\d.]+ takes [\d.]+\.\*, and .* 'lmspt_jax\[plan\]'\n", error)
 
 
 # ---------------------------------------------------------------- the teacher's sizes

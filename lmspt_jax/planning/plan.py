@@ -13,6 +13,7 @@ import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib import metadata
 from typing import Any
 
 import jax
@@ -32,6 +33,7 @@ from lmspt_jax.training.state import Experiment, TrainState
 from lmspt_jax.training.step import make_train_step
 from lmspt_jax.training.teacher import stored_params
 
+_LIBTPU = re.compile(r'libtpu\s*==\s*([\d.]+\.)\*')
 _STATE_GROUPS = {'generator': 'parameters', 'discriminator': 'parameters', 'codebooks': 'parameters',
                  'average': 'average', 'generator_opt': 'optimizer', 'discriminator_opt': 'optimizer'}
 
@@ -77,9 +79,20 @@ def teacher_dims(config: ExperimentConfig) -> WhisperDims | None:
 
 
 def require_compiler() -> None:
-  """Raises LmsptError where the TPU compiler is not installed."""
+  """Raises LmsptError where the TPU compiler is not installed, or is not the one that this jax takes on a TPU.
+
+  jaxlib can't read some programs of a newer compiler, which shows when they have been compiled for minutes.
+  """
   if importlib.util.find_spec('libtpu') is None:
     raise LmsptError("lmspt plan needs the TPU compiler, libtpu: pip install 'lmspt_jax[plan]'")
+  try:
+    found = metadata.version('libtpu')
+  except metadata.PackageNotFoundError:  # a nightly build has another name; it goes with a nightly jax
+    return
+  wanted = next((match[1] for text in metadata.requires('jax') or () if (match := _LIBTPU.match(text))), '')
+  if not f'{found}.'.startswith(wanted):
+    raise LmsptError(f"libtpu {found}: jax {jax.__version__} takes {wanted}*, and can't read every program of another; "
+                     "pip install 'lmspt_jax[plan]'")
 
 
 def slice_devices(topology: Topology) -> list[jax.Device]:
