@@ -197,6 +197,11 @@ def constrain(tree: Any, spec: PartitionSpec) -> Any:
   return jax.tree.map(lambda x: jax.lax.with_sharding_constraint(x, spec), tree)
 
 
+def over_fsdp() -> bool:
+  """Whether the mesh that is set splits parameters over `fsdp`."""
+  return jax.sharding.get_abstract_mesh().shape.get('fsdp', 1) > 1
+
+
 def gathered(params: Any) -> Any:
   """Whole parameters on every device; their gradients are summed back into the shards."""
   return constrain(params, PartitionSpec())

@@ -173,8 +173,8 @@ class ComputeConfig:
   remat_discriminators: str = 'none'  # or 'block': each sub-discriminator
   remat_teacher: str = 'none'  # or 'block': each transformer block
   # On-chip memory that one operation of the step may take on a TPU; 0: its compiler's own default, 16 MiB on v5e. With
-  # little more than half of that it compiles in little more than half the time (docs/scaling.md).
-  scoped_vmem_kib: int = 9_216  # sums over chips, 256 arrays at once, take 8.25 MiB
+  # half of that it compiles in little more than half the time, but sums over a mesh may not fit (docs/scaling.md).
+  scoped_vmem_kib: int = 0
 
   def check(self, name: str = 'compute') -> None:
     require(self.dtype in ('float32', 'bfloat16'), f'{name}.dtype', self.dtype, "use 'float32' or 'bfloat16'")

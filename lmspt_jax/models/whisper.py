@@ -10,6 +10,7 @@ after construction.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike as DType
 
 
@@ -144,10 +146,13 @@ class WhisperEncoder(nnx.Module):
     rngs: stream `params`.
     dtype: of the products.
     remat: of a block's forward pass only the input is kept for the backward pass.
+    gather: makes a layer's parameters into what they are used as, where a mesh splits them; once more in the backward
+      pass, for which only the split ones are kept.
   """
 
-  def __init__(self, dims: WhisperDims, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, remat: bool = False):
-    self.audio_context, self.remat = dims.audio_context, remat
+  def __init__(self, dims: WhisperDims, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, remat: bool = False,
+               gather: Callable[[nnx.State], nnx.State] | None = None):
+    self.audio_context, self.remat, self.gather = dims.audio_context, remat, gather
     self.conv1 = nnx.Conv(dims.n_mels, dims.width, kernel_size=(3,), padding=1, dtype=dtype, rngs=rngs)
     self.conv2 = nnx.Conv(dims.width, dims.width, kernel_size=(3,), strides=2, padding=1, dtype=dtype, rngs=rngs)
     blocks = [nnx.split(EncoderBlock(dims.width, dims.heads, dtype=dtype, rngs=rngs)) for _ in range(dims.audio_layers)]
@@ -170,10 +175,17 @@ class WhisperEncoder(nnx.Module):
     graphdef, layers = nnx.split(self.blocks)
 
     def run(x_BTD: Array, layer: nnx.State) -> tuple[Array, None]:
+      if self.gather is not None:
+        layer = checkpoint_name(self.gather(layer), 'gathered')
       return nnx.merge(graphdef, layer)(x_BTD), None
 
     # Inside a scan nothing is merged with the forward pass: no barrier against it is needed.
-    x_BTD, _ = jax.lax.scan(jax.checkpoint(run, prevent_cse=False) if self.remat else run, x_BTD, layers)
+    if self.remat:
+      run = jax.checkpoint(run, prevent_cse=False)
+    elif self.gather is not None:
+      keep = jax.checkpoint_policies.save_anything_except_these_names('gathered')
+      run = jax.checkpoint(run, prevent_cse=False, policy=keep)
+    x_BTD, _ = jax.lax.scan(run, x_BTD, layers)
     return self.norm(x_BTD)
 
 

@@ -2,8 +2,7 @@
 
 The count is the model's own, the same whatever compiles it: of a computation with a form for each platform the default
 one, loops times their length, zeros put between the samples of a strided convolution's gradient left out, and what a
-rematerialisation computes again kept apart. Fourier transforms
-and elementwise work are not counted.
+rematerialisation computes again kept apart. Fourier transforms and elementwise work are not counted.
 """
 
 from __future__ import annotations

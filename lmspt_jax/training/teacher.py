@@ -9,11 +9,13 @@ takes what came out of it, and gradients flow back through the teacher to the re
 
 from __future__ import annotations
 
+import re
 from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
 from lmspt_jax.audio.mel import WHISPER_HOP, WHISPER_SAMPLE_RATE, log_mel_spectrogram
@@ -24,7 +26,7 @@ from lmspt_jax.models import whisper
 from lmspt_jax.models.layers import PRECISION
 from lmspt_jax.models.tokenizer import TokenizerOutput
 from lmspt_jax.models.whisper import WhisperDims, WhisperEncoder
-from lmspt_jax.sharding import BATCH, constrain
+from lmspt_jax.sharding import BATCH, constrain, over_fsdp
 
 SAMPLES_PER_POSITION = 2 * WHISPER_HOP  # the encoder halves the mel frames
 WINDOW_SECONDS = 30
@@ -88,8 +90,20 @@ class FrozenTeacher:
       raise ValueError(f'{samples} samples at 16 kHz: the teacher sees at most 30 s, shorten data.crop_seconds')
     audio_BM = jnp.pad(audio_BM, ((0, 0), (0, whole - samples)))
     encoder = whisper.bind(WhisperEncoder, self.dims, jax.lax.stop_gradient(params), dtype=self.dtype,
-                           remat=self.remat)
+                           remat=self.remat, gather=_gather_layer if over_fsdp() else None)
     return encoder(constrain(log_mel_spectrogram(audio_BM, self.dims.n_mels, floor), BATCH))
+
+
+def _gather_layer(layer: Any) -> Any:
+  """A block's kernels over `tensor` alone. By itself the compiler may leave them split and sum every product over the
+  mesh instead: traffic that grows with the batch."""
+  def place(path: tuple[Any, ...], x: Array) -> Array:
+    found = re.search(r'(query|key|value|up|out|down)/kernel', jax.tree_util.keystr(path, simple=True, separator='/'))
+    if found is None:
+      return x
+    return constrain(x, PartitionSpec('tensor') if found[1] in ('out', 'down') else PartitionSpec(None, 'tensor'))
+
+  return jax.tree_util.tree_map_with_path(place, layer)
 
 
 def stored_params(params: Any, compute: ComputeConfig) -> Any:
