@@ -87,8 +87,8 @@ def require_compiler() -> None:
     raise LmsptError("lmspt plan needs the TPU compiler, libtpu: pip install 'lmspt_jax[plan]'")
   try:
     found = metadata.version('libtpu')
-  except metadata.PackageNotFoundError:  # a nightly build has another name; it goes with a nightly jax
-    return
+  except metadata.PackageNotFoundError:  # such a build has a name of its own
+    found = 'of a nightly build'
   wanted = next((match[1] for text in metadata.requires('jax') or () if (match := _LIBTPU.match(text))), '')
   if not f'{found}.'.startswith(wanted):
     raise LmsptError(f"libtpu {found}: jax {jax.__version__} takes {wanted}*, and can't read every program of another; "
