@@ -3,7 +3,7 @@
     python -m benchmarks.plan_tables --work=runs/plan_tables        # needs the extra `plan`; hours on 2 cores
 
 Each plan is compiled in a process of its own and kept in --work, so that the script goes on where it was stopped;
---only=NAME compiles some, --table writes the page from what is there.
+--case=NAME compiles one, --table writes the page from what is there.
 """
 
 from __future__ import annotations
@@ -160,12 +160,12 @@ ring's arithmetic has it, by 2 (n - 1) / n: from 8 to 256 chips at most 14 % for
 def main() -> None:
   parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
   parser.add_argument('--work', type=Path, default=ROOT / 'runs' / 'plan_tables', help='plans are kept here')
-  parser.add_argument('--only', default='', help='cases whose name contains this')
+  parser.add_argument('--case', choices=CASES, help='compile this one alone')
   parser.add_argument('--table', action='store_true', help='write the page from what is there, compile nothing')
   args = parser.parse_args()
   if not args.table:
     for name in CASES:
-      if args.only in name:
+      if args.case in (None, name):
         compile_case(name, args.work.absolute())
   PAGE.write_text(page(load(args.work)))
   print(f'wrote {PAGE}')

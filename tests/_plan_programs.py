@@ -18,12 +18,17 @@ os.environ |= ENVIRONMENT
 import jax
 import jax.numpy as jnp
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+from make_golden_step import TINY, replaced
 
 from lmspt_jax.chips import parse_topology
 from lmspt_jax.cli import flags
 from lmspt_jax.errors import LmsptError
+from lmspt_jax.models.whisper import WhisperDims, WhisperEncoder, abstract_params
 from lmspt_jax.planning import plan as planning
 from lmspt_jax.planning import report
+from lmspt_jax.sharding import BATCH, Placement, make_mesh
+from lmspt_jax.training.compiled import placed
+from lmspt_jax.training.teacher import FrozenTeacher, stored_params
 
 SLICE = parse_topology('v5e:2x2')
 
@@ -58,6 +63,20 @@ def exchange_program(mesh: Mesh) -> str:
   return step.trace(x).lower(lowering_platforms=('tpu',)).compile().as_text()
 
 
+def teacher_program() -> str:
+  """A teacher's features of half a second for each chip, and their gradient, its parameters split over 'fsdp'."""
+  config = replaced(TINY, mesh__fsdp=4, mesh__data=1, data__batch_size=4, compute__dtype='bfloat16')
+  mesh = make_mesh(config, planning.slice_devices(SLICE))
+  dims = WhisperDims(n_mels=80, width=256, heads=4, audio_layers=3, text_layers=0, vocab_size=8)
+  teacher = FrozenTeacher(dims, 16_000, 'crop', compute=config.compute)
+  params = jax.eval_shape(lambda params: stored_params(params, config.compute), abstract_params(WhisperEncoder, dims))
+  with jax.set_mesh(mesh):
+    params = placed(params, Placement(config, mesh).teacher(params))
+    audio = jax.ShapeDtypeStruct((4, 8000), jnp.float32, sharding=NamedSharding(mesh, BATCH))
+    step = jax.jit(jax.grad(lambda audio, params: jnp.sum(jnp.square(teacher.features(params, audio)))))
+    return step.trace(audio, params).lower(lowering_platforms=('tpu',)).compile().as_text()
+
+
 def step_of(size: int):
   """Stands in for the train step: sorts size x size numbers on each chip."""
 
@@ -75,6 +94,7 @@ def main(out: Path, config_file: str) -> None:
   mesh = jax.make_mesh((2, 2), ('a', 'b'), axis_types=(AxisType.Auto,) * 2, devices=devices)
   (out / 'known.txt').write_text(known_program(mesh))
   (out / 'exchange.txt').write_text(exchange_program(mesh))
+  (out / 'teacher.txt').write_text(teacher_program())
 
   config = flags.load(config_file)
   real, planning.make_train_step = planning.make_train_step, step_of(100_000)

@@ -126,6 +126,14 @@ def test_exchanges_of_a_known_program(compiled):
   assert costs.wire == {'all-to-all': here * 3 // 4, 'collective-permute': 2 * here}
 
 
+def test_only_the_teachers_kernels_move(compiled):
+  """Every block's are gathered where they are used, forward and backward, and no activation is sent."""
+  costs = Program((compiled / 'teacher.txt').read_text()).costs()
+  width, mels, layers = 256, 80, 3
+  block = 4 * width**2 + 2 * 4 * width**2
+  assert costs.payload == {'all-gather': 2 * (2 * layers * block + 3 * (mels + width) * width)}
+
+
 ASYNC = """HloModule step, num_partitions=8
 
 %gather (p: bf16[2,8]) -> bf16[16,8] {

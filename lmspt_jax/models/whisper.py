@@ -19,7 +19,6 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 from jax import Array
-from jax.ad_checkpoint import checkpoint_name
 from jax.typing import DTypeLike as DType
 
 
@@ -146,8 +145,8 @@ class WhisperEncoder(nnx.Module):
     rngs: stream `params`.
     dtype: of the products.
     remat: of a block's forward pass only the input is kept for the backward pass.
-    gather: makes a layer's parameters into what they are used as, where a mesh splits them; once more in the backward
-      pass, for which only the split ones are kept.
+    gather: makes a layer's parameters into what they are used as, where a mesh splits them, by sharding constraints;
+      once more in the backward pass, for which only the split ones are kept.
   """
 
   def __init__(self, dims: WhisperDims, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, remat: bool = False,
@@ -175,18 +174,20 @@ class WhisperEncoder(nnx.Module):
     graphdef, layers = nnx.split(self.blocks)
 
     def run(x_BTD: Array, layer: nnx.State) -> tuple[Array, None]:
-      if self.gather is not None:
-        layer = checkpoint_name(self.gather(layer), 'gathered')
-      return nnx.merge(graphdef, layer)(x_BTD), None
+      return nnx.merge(graphdef, layer if self.gather is None else self.gather(layer))(x_BTD), None
 
     # Inside a scan nothing is merged with the forward pass: no barrier against it is needed.
     if self.remat:
       run = jax.checkpoint(run, prevent_cse=False)
     elif self.gather is not None:
-      keep = jax.checkpoint_policies.save_anything_except_these_names('gathered')
-      run = jax.checkpoint(run, prevent_cse=False, policy=keep)
+      run = jax.checkpoint(run, prevent_cse=False, policy=_keep_all_but_constrained)
     x_BTD, _ = jax.lax.scan(run, x_BTD, layers)
     return self.norm(x_BTD)
+
+
+def _keep_all_but_constrained(primitive: Any, *_: Any, **__: Any) -> bool:
+  """For the backward pass: everything but what a sharding constraint made."""
+  return primitive.name != 'sharding_constraint'
 
 
 class KeyValueCache(NamedTuple):

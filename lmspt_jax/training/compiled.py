@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding
 
-from lmspt_jax.config import ExperimentConfig
+from lmspt_jax.config import ComputeConfig, ExperimentConfig
 from lmspt_jax.sharding import BATCH, Placement
 from lmspt_jax.training.state import TrainState
 from lmspt_jax.training.step import TrainStep
@@ -42,9 +42,11 @@ def trace_step(step: TrainStep, config: ExperimentConfig, placement: Placement, 
   return jitted.trace(placed(abstract, shardings), teacher, abstract_batch(config, placement))
 
 
+def tpu_options(compute: ComputeConfig) -> dict[str, str]:
+  """What XLA's compiler for TPUs is told."""
+  return {'xla_jf_convolution_performance_target': str(compute.tpu_convolution_target)}
+
+
 def compile_step(lowered: jax.stages.Lowered, config: ExperimentConfig, platform: str) -> jax.stages.Compiled:
   """For 'tpu', 'gpu' or 'cpu'. Called with (state, teacher_params, batch), each where the placement puts it."""
-  options = {}
-  if platform == 'tpu' and config.compute.scoped_vmem_kib:
-    options['xla_tpu_scoped_vmem_limit_kib'] = str(config.compute.scoped_vmem_kib)
-  return lowered.compile(compiler_options=options)
+  return lowered.compile(compiler_options=tpu_options(config.compute) if platform == 'tpu' else {})

@@ -26,7 +26,7 @@ from lmspt_jax.models import whisper
 from lmspt_jax.models.layers import PRECISION
 from lmspt_jax.models.tokenizer import TokenizerOutput
 from lmspt_jax.models.whisper import WhisperDims, WhisperEncoder
-from lmspt_jax.sharding import BATCH, constrain, over_fsdp
+from lmspt_jax.sharding import BATCH, constrain, gathered, over_fsdp
 
 SAMPLES_PER_POSITION = 2 * WHISPER_HOP  # the encoder halves the mel frames
 WINDOW_SECONDS = 30
@@ -89,8 +89,11 @@ class FrozenTeacher:
     if samples > WINDOW_SAMPLES:
       raise ValueError(f'{samples} samples at 16 kHz: the teacher sees at most 30 s, shorten data.crop_seconds')
     audio_BM = jnp.pad(audio_BM, ((0, 0), (0, whole - samples)))
-    encoder = whisper.bind(WhisperEncoder, self.dims, jax.lax.stop_gradient(params), dtype=self.dtype,
-                           remat=self.remat, gather=_gather_layer if over_fsdp() else None)
+    params = jax.lax.stop_gradient(params)
+    if over_fsdp():
+      params = {**params, **{name: gathered(params[name]) for name in ('conv1', 'conv2')}}
+    encoder = whisper.bind(WhisperEncoder, self.dims, params, dtype=self.dtype, remat=self.remat,
+                           gather=_gather_layer if over_fsdp() else None)
     return encoder(constrain(log_mel_spectrogram(audio_BM, self.dims.n_mels, floor), BATCH))
 
 

@@ -24,7 +24,7 @@ _SEEN_WITHIN = 60.0  # seconds after which a file that host 0 wrote is on no sto
 # utterances it held).
 FREE_FIELDS = re.compile('|'.join((
     r'data\.num_workers', r'data\.max_fault_rate', r'data\.train\.\d+\.uri', r'mesh\.\w+',
-    r'compute\.(accumulation|remat_\w+|scoped_vmem_kib)',
+    r'compute\.(accumulation|remat_\w+|tpu_convolution_target)',
     r'train\.(log_every|eval_every|eval_utterances|eval_audio|eval_seconds)',
     r'train\.(checkpoint_every|keep_checkpoints|max_skipped_steps)')))
 _PACKAGES = ('lmspt_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
