@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from lmspt_jax.config import ModelConfig
-from lmspt_jax.convert.release import tokenizer_params_from_release
+from lmspt_jax.convert.release import tokenizer_from_release
 from lmspt_jax.models.tokenizer import abstract_tokenizer, merge_tokenizer
 
 
@@ -27,7 +27,7 @@ def main() -> None:
   config = ModelConfig()
   audio = speech(1, args.seconds, config.sample_rate)
   theirs = _torch_tokenizer.make(config)
-  params = tokenizer_params_from_release(_torch_tokenizer.state_dict(theirs), config)
+  params = tokenizer_from_release(_torch_tokenizer.state_dict(theirs), config)[0]
   codebooks = jax.tree.map(lambda x: np.zeros(x.shape, x.dtype), abstract_tokenizer(config)[2])
   encode = jax.jit(lambda p, x: merge_tokenizer(config, p, codebooks).encode(x))
   decode = jax.jit(lambda p, c: merge_tokenizer(config, p, codebooks).decode(c))

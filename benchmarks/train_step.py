@@ -33,7 +33,7 @@ from lmspt_jax.config import (
   TeacherConfig,
 )
 from lmspt_jax.convert.dac import discriminator_params_from_torch
-from lmspt_jax.convert.release import tokenizer_params_from_release
+from lmspt_jax.convert.release import tokenizer_from_release
 from lmspt_jax.convert.whisper import load_whisper
 from lmspt_jax.training.state import Experiment
 from lmspt_jax.training.step import make_train_step
@@ -112,7 +112,7 @@ def main() -> None:
   discriminator = _torch_discriminator.torch_discriminator(DiscriminatorConfig(), model.sample_rate)
   experiment = Experiment(config, checkpoint.dims)
   state = jax.jit(experiment.init)()
-  tokenizer = tokenizer_params_from_release(_torch_tokenizer.state_dict(generator), model)
+  tokenizer = tokenizer_from_release(_torch_tokenizer.state_dict(generator), model)[0]
   weights = {k: v.numpy() for k, v in discriminator.state_dict().items()}
   state = jax.device_put(state.replace(
       generator={**state.generator, 'tokenizer': tokenizer},

@@ -1,6 +1,5 @@
 """The command line: what it does on good input, and one line with exit status not 0 on bad input."""
 
-import dataclasses
 import errno
 import subprocess
 import sys
@@ -63,7 +62,7 @@ def test_a_real_process_ends_with_one_line_and_status_1(repo, tmp_path):
 def test_help_names_every_verb(lmspt):
   status, out, _ = lmspt('--help')
   assert status == 0
-  for verb in ('train', 'prepare', 'encode', 'decode', 'plan', 'info'):
+  for verb in ('train', 'prepare', 'encode', 'decode', 'plan', 'convert', 'info'):
     assert f'\n  {verb} ' in out
 
 
@@ -243,7 +242,7 @@ def test_unwritable_out(fails, tiny_run, speech, tmp_path):
 
 
 @pytest.mark.parametrize('model, word', [
-    ('absent', 'no such model'), ('hf://kakaocorp/lmspt', 'not supported yet'), ('x.safetensors', 'not supported yet'),
+    ('absent', 'no such model'), ('hf://kakaocorp/lmspt', 'not supported yet'), ('x.safetensors', 'no such file'),
     ('.', 'not a run'),
 ])
 def test_bad_model(fails, speech, tmp_path, monkeypatch, model, word):
@@ -351,9 +350,10 @@ def test_info(lmspt, tiny_run):
     ('arrayrecord:absent', 'arrayrecord:absent (not on this machine)'),
 ])
 def test_info_names_the_datas_licence(lmspt, tiny_run, tiny_tokenizer, monkeypatch, uri, text):
+  from lmspt_jax.inference.license import data_license
   from lmspt_jax.inference.tokenizer import Tokenizer
 
-  config = dataclasses.replace(tiny_tokenizer.config, data=DataConfig(train=uri))
-  model = Tokenizer(config, tiny_tokenizer.params, tiny_tokenizer.codebooks)
+  model = Tokenizer(tiny_tokenizer.config, tiny_tokenizer.params, tiny_tokenizer.codebooks,
+                    license=data_license(DataConfig(train=uri).train))
   monkeypatch.setattr(Tokenizer, 'from_pretrained', lambda path: model)
   assert text in lmspt('info', tiny_run)[1]

@@ -13,7 +13,7 @@ from _random_weights import random_weights
 from flax import nnx
 
 from lmspt_jax.config import from_config_dict
-from lmspt_jax.convert.release import release_name, tokenizer_params_from_release
+from lmspt_jax.convert.release import release_name, tokenizer_from_release
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.models.codec import Decoder, Encoder
 from lmspt_jax.models.layers import (
@@ -60,7 +60,7 @@ def fixture():
 @pytest.fixture(scope='module')
 def model(fixture):
   """Our tokenizer with the reference's weights."""
-  return merge_tokenizer(SMALL, tokenizer_params_from_release(fixture[1], SMALL), codebook_states(SMALL))
+  return merge_tokenizer(SMALL, tokenizer_from_release(fixture[1], SMALL)[0], codebook_states(SMALL))
 
 
 def codebook_states(config):
@@ -81,7 +81,7 @@ def forward(fixture):
     quantizers = sum(part.commitment + part.codebook for part in (out.semantic, out.acoustic))
     return jnp.mean(out.audio**2) + jnp.mean(out.resynthesis**2) + quantizers, out
 
-  (_, out), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(tokenizer_params_from_release(weights, SMALL))
+  (_, out), gradient = jax.jit(jax.value_and_grad(loss, has_aux=True))(tokenizer_from_release(weights, SMALL)[0])
   return out, gradient
 
 
@@ -374,7 +374,7 @@ def test_no_two_parameters_share_a_key(path):
 
 def test_weights_survive_the_way_there_and_back(fixture):
   _, weights, _ = fixture
-  params = tokenizer_params_from_release(weights, SMALL)
+  params = tokenizer_from_release(weights, SMALL)[0]
   back = {release_name(name, SMALL): to_torch_layout(name, value)
           for name, value in zip(names_of(params), jax.tree.leaves(params), strict=True)}
   assert back.keys() == weights.keys()
@@ -386,10 +386,10 @@ def test_importer_names_what_does_not_fit(fixture):
   _, weights, _ = fixture
   key = 'decoder.model.1.block.1.bias'
   usage = {'quantizer.semantic_vocab_usage': np.zeros((1, 64))}
-  tokenizer_params_from_release(weights | usage, SMALL)  # passed over
+  tokenizer_from_release(weights | usage, SMALL)  # passed over
   for broken, text in (({k: v for k, v in weights.items() if k != key}, f'missing: {key}$'),
                        (weights | {key: weights[key][:3]}, rf'misshaped: {key} \(3,\)$'),
                        (weights | {'decoder.model.9.bias': weights[key]}, 'unexpected: decoder.model.9.bias$'),
                        ({}, 'missing: .* and [0-9]{3} more$')):
     with pytest.raises(LmsptError, match=text):
-      tokenizer_params_from_release(broken, SMALL)
+      tokenizer_from_release(broken, SMALL)

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import dataclasses
 
-from lmspt_jax.cli import outputs
+from lmspt_jax.cli import flags, outputs
 from lmspt_jax.errors import LmsptError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--model', required=True, metavar='MODEL', help="a run's workdir")
+  parser.add_argument('--model', required=True, metavar='MODEL', help=flags.MODEL)
   parser.add_argument('--out', required=True, metavar='DIR', help='folder for the wav files')
   parser.add_argument('--path', choices=('full', 'semantic', 'resynthesis'), default='full',
                       help='full: all codebooks; semantic: only the semantic one; resynthesis: that one through the '

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import argparse
 
-from lmspt_jax.cli import outputs
+from lmspt_jax.cli import flags, outputs
 from lmspt_jax.errors import LmsptError
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--model', required=True, metavar='MODEL', help="a run's workdir")
+  parser.add_argument('--model', required=True, metavar='MODEL', help=flags.MODEL)
   parser.add_argument('--out', required=True, metavar='DIR', help='folder for the npz files')
   parser.add_argument('audio', nargs='+', metavar='AUDIO', help='wav, flac, ogg or mp3; any rate, any channels')
 

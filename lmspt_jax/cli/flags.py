@@ -21,6 +21,7 @@ from lmspt_jax.config import ExperimentConfig
 from lmspt_jax.errors import LmsptError, nearest
 
 PREFIX = '--config.'
+MODEL = "a run's workdir, or a .safetensors file in the layout of the authors' release"  # help of verbs that take one
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import platform
-from collections.abc import Sequence
 from importlib import metadata
 
-from lmspt_jax.config import CorpusConfig
-from lmspt_jax.errors import LmsptError
+from lmspt_jax.cli import flags
 from lmspt_jax.version import __version__
 
 PACKAGES = ('jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
@@ -17,7 +15,7 @@ PARTS = ('semantic_encoder', 'acoustic_encoder', 'semantic_quantizer', 'acoustic
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('model', nargs='?', metavar='MODEL', help="a run's workdir")
+  parser.add_argument('model', nargs='?', metavar='MODEL', help=flags.MODEL)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -63,20 +61,6 @@ def _model(model: str) -> list[tuple[str, str]]:
   ]
   rows += [(f'  {name}', f'{count / 1e6:.2f} M') for name, count in sizes.items() if count]
   rows.append(('teacher', tokenizer.teacher_id or 'none'))
-  rows.append(('licence', _licence(tokenizer.config.data.train)))
+  rows.append(('licence', tokenizer.license))
   return rows
 
-
-def _licence(corpora: Sequence[CorpusConfig]) -> str:
-  """Trained weights carry the licences of the data they were trained on."""
-  from lmspt_jax.data.sources import open_source
-
-  if not corpora:
-    return 'not known: the run names no training data'
-  licenses = set()
-  for corpus in corpora:
-    try:
-      licenses |= set(open_source(corpus.uri, corpus.split).index.counts('license'))
-    except LmsptError:
-      return f'that of the training data, {corpus.uri} (not on this machine)'
-  return f'that of the training data: {", ".join(sorted(licenses - {""})) or "not named there"}'

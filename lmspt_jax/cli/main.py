@@ -29,6 +29,7 @@ VERBS = {
     'encode': 'audio files to codes',
     'decode': 'codes to audio files',
     'plan': 'compile for a TPU slice without one: memory, FLOPs, bytes, collectives',
+    'convert': "weights between a run and the layout of the authors' release",
     'info': 'versions and devices; what a model is',
 }
 

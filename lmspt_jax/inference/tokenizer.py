@@ -18,9 +18,11 @@ import numpy as np
 
 from lmspt_jax import checkpoint
 from lmspt_jax.config import ExperimentConfig, ModelConfig, to_dict
+from lmspt_jax.convert.release_file import RELEASE_LICENSE, read_release
 from lmspt_jax.data.audio_io import MAX_CHANNELS, MAX_RATE, MIN_RATE, to_mono_at
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.inference.codes import Codes
+from lmspt_jax.inference.license import data_license
 from lmspt_jax.models.tokenizer import merge_tokenizer
 
 __all__ = ['PATHS', 'Codes', 'Tokenizer', 'model_hash', 'named_arrays']
@@ -39,43 +41,54 @@ class Tokenizer:
   """
 
   def __init__(self, config: ExperimentConfig, params: dict[str, Any], codebooks: dict[str, Any], *, step: int = 0,
-               teacher_id: str = ''):
+               teacher_id: str = '', license: str = ''):
     """From parts; see `from_pretrained`.
 
     Args:
       params, codebooks: the model's arrays, as `models.tokenizer.split_tokenizer` parts them.
       step: training step of the parameters.
       teacher_id: what the semantic codes were distilled from.
+      license: of the weights, in words.
     """
     self.config = config
     self.params = params
     self.codebooks = codebooks
     self.step = step
     self.teacher_id = teacher_id
+    self.license = license
     self._apply = functools.cache(self._compile)
 
   @classmethod
-  def from_pretrained(cls, model: str | os.PathLike) -> Tokenizer:
+  def from_pretrained(cls, model: str | os.PathLike, config: ModelConfig | None = None) -> Tokenizer:
     """Loads a model.
 
     Args:
-      model: a run's workdir.
+      model: a run's workdir, or a .safetensors file in the layout of the authors' release.
+      config: of a .safetensors file that does not tell all of it: an FSQ's levels, a model without subtraction.
 
     Raises:
-      LmsptError: there is no model there.
+      LmsptError: there is no model there, or not the config's.
     """
     text, path = str(model), Path(model)
-    if text.startswith('hf://') or path.suffix == '.safetensors':
-      raise LmsptError(f"{text}: not supported yet: only a run's workdir can be loaded")
+    if path.suffix == '.safetensors':
+      found = read_release(path, config)
+      return cls(ExperimentConfig(name=path.stem, model=found.config), found.params, found.codebooks,
+                 teacher_id='not named in the file', license=found.license or RELEASE_LICENSE)
+    if config is not None:
+      raise LmsptError(f'{text}: has a config of its own; give config with a .safetensors file alone')
+    if text.startswith('hf://'):
+      raise LmsptError(f"{text}: not supported yet: give a run's workdir, or a .safetensors file of the release's "
+                       'layout')
     if not path.exists():
-      raise LmsptError(f"{text}: no such model; give a run's workdir (the --workdir of lmspt train)")
+      raise LmsptError(f"{text}: no such model; give a run's workdir (the --workdir of lmspt train) or a .safetensors "
+                       "file of the release's layout")
     if not path.is_dir():
       raise LmsptError(f"{text}: not a model; give a run's workdir (the --workdir of lmspt train)")
     if any(path.glob('*.safetensors')):
-      raise LmsptError(f"{text}: an exported folder is not supported yet: only a run's workdir can be loaded")
+      raise LmsptError(f'{text}: an exported folder is not supported yet: give the .safetensors file in it')
     restored = checkpoint.restore_for_inference(text)
     return cls(restored.config, restored.params, restored.codebooks, step=restored.step,
-               teacher_id=restored.teacher_id)
+               teacher_id=restored.teacher_id, license=data_license(restored.config.data.train))
 
   @property
   def sample_rate(self) -> int:

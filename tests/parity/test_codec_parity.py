@@ -19,7 +19,7 @@ from flax import nnx
 
 import lmspt_jax
 from lmspt_jax.config import ModelConfig
-from lmspt_jax.convert.release import release_name, tokenizer_params_from_release
+from lmspt_jax.convert.release import release_name, tokenizer_from_release
 from lmspt_jax.convert.whisper import load_whisper
 from lmspt_jax.models.codec import Decoder
 from lmspt_jax.models.tokenizer import abstract_tokenizer, merge_tokenizer
@@ -46,7 +46,7 @@ def relative(ours, theirs) -> float:
 def pair(request):
   config = {'small': _torch_tokenizer.SMALL, 'release': ModelConfig()}[request.param]
   reference = _torch_tokenizer.make(config)
-  params = tokenizer_params_from_release(_torch_tokenizer.state_dict(reference), config)
+  params = tokenizer_from_release(_torch_tokenizer.state_dict(reference), config)[0]
   ours = merge_tokenizer(config, params, _zeros(abstract_tokenizer(config)[2]))
   audio = speech(2, 1.92, config.sample_rate)  # whole frames
   with torch.no_grad():
@@ -113,7 +113,7 @@ def test_distillation_gradient_reaches_the_auxiliary_decoder():
 
   ours = Decoder(config.latent_dim, config.resynthesis_channels, config.resynthesis_rates, config.dilations,
                  rngs=nnx.Rngs(0))
-  params = tokenizer_params_from_release(_torch_tokenizer.state_dict(reference), config)['resynthesis_decoder']
+  params = tokenizer_from_release(_torch_tokenizer.state_dict(reference), config)[0]['resynthesis_decoder']
   graphdef = nnx.graphdef(ours)
   strategy = ResynthesisDistillation(FrozenTeacher(checkpoint.dims, 16_000, 'full'), 'mse', over_padding=False)
 
@@ -124,9 +124,9 @@ def test_distillation_gradient_reaches_the_auxiliary_decoder():
 
   value, gradient = jax.jit(jax.value_and_grad(distance))(params)
   assert relative(value, loss.item()) <= 1e-3
-  theirs = tokenizer_params_from_release(
+  theirs = tokenizer_from_release(
       _torch_tokenizer.state_dict(reference) | {f'aux_decoder.{k}': v.grad.numpy()
                                                 for k, v in reference.aux_decoder.named_parameters()},
-      config)['resynthesis_decoder']
+      config)[0]['resynthesis_decoder']
   for (path, a), b in zip(jax.tree_util.tree_leaves_with_path(gradient), jax.tree.leaves(theirs), strict=True):
     assert relative(a, b) <= 1e-3, release_name('resynthesis_decoder/' + '/'.join(str(p.key) for p in path), config)

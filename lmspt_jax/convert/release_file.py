@@ -1,0 +1,227 @@
+"""Safetensors files in the layout of the authors' release, read and written strictly.
+
+The format holds no code, and its header's sizes, offsets and types are checked by `safetensors` before anything is
+allocated. What a release file does not say (its config) is told from the shapes; files written here say it in their
+metadata.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import safetensors
+import safetensors.numpy
+
+from lmspt_jax.config import ModelConfig, QuantizerConfig, from_dict, to_dict
+from lmspt_jax.convert.release import USAGE, release_from_tokenizer, tokenizer_from_release
+from lmspt_jax.errors import LmsptError
+
+# JSON: the model's config and the licence. One entry, as safetensors writes several in any order, and equal models are
+# to be equal files.
+METADATA = 'lmspt_jax'
+# Of a file that says nothing of it.
+RELEASE_LICENSE = "not named in the file (the authors' own weights are CC-BY-NC-4.0)"
+RESYNTHESIS_RATE = 16_000  # Hz: the auxiliary decoder speaks to Whisper
+MAX_BLOCKS, MAX_CODEBOOKS = 16, 64  # a file that names more is none of these models
+_DTYPES = ('F32', 'F16')
+
+
+@dataclass(frozen=True)
+class ReleaseCheckpoint:
+  """A tokenizer from a release file.
+
+  Attributes:
+    config: the file's own, or told from its shapes, or the one that was asked for.
+    params, codebooks: as `models.tokenizer.split_tokenizer` parts them, numpy.
+    usage: 'semantic_quantizer' and 'acoustic_quantizer' -> float32 [codebooks, size], where the file has them: a
+      moving average of how often each code is drawn, as the release counts it.
+    license: of the weights, where the file names one.
+  """
+
+  config: ModelConfig
+  params: dict[str, Any]
+  codebooks: dict[str, Any]
+  usage: dict[str, np.ndarray]
+  license: str
+
+
+def read_release(path: str | Path, config: ModelConfig | None = None) -> ReleaseCheckpoint:
+  """Reads a file.
+
+  Args:
+    path: a .safetensors file in the release's layout, float32 or float16.
+    config: what it has to be; None takes the file's own.
+
+  Raises:
+    LmsptError: it can't be read, or keys are missing, unexpected or misshaped; in one line that names them.
+  """
+  tensors = _Tensors(Path(path))
+  stored, license = _stored(tensors)
+  if config is None:
+    config = stored or infer_config(tensors.shapes, str(path))
+  try:
+    params, codebooks = tokenizer_from_release(tensors, config)
+  except LmsptError as error:
+    raise LmsptError(f'{path}: {error}') from error
+  usage = {part: tensors[key] for part, key in USAGE.items() if key in tensors.shapes}
+  return ReleaseCheckpoint(config, params, codebooks, usage, license)
+
+
+def write_release(path: str | Path, checkpoint: ReleaseCheckpoint) -> None:
+  """Writes a file that the PyTorch model loads strictly (`safetensors.torch.load_model`); whole or not at all.
+
+  Usage buffers that `checkpoint.usage` lacks are zero, as in a model that was never trained.
+  """
+  path, config = Path(path), checkpoint.config
+  arrays = release_from_tokenizer(checkpoint.params, checkpoint.codebooks, config)
+  for part, key in USAGE.items():
+    quantizer = config.semantic if part == 'semantic_quantizer' else config.acoustic
+    empty = np.zeros((quantizer.num_codebooks, quantizer.size), np.float32)
+    arrays[key] = np.ascontiguousarray(checkpoint.usage.get(part, empty))
+  metadata = {METADATA: json.dumps({'model': to_dict(config), 'license': checkpoint.license}, sort_keys=True)}
+  beside = path.with_name(f'.{path.name}.{os.getpid()}')
+  try:
+    safetensors.numpy.save_file(arrays, beside, metadata)
+    beside.replace(path)
+  except (OSError, safetensors.SafetensorError) as error:
+    raise LmsptError(f"{path}: can't be written ({getattr(error, 'strerror', None) or error}); give a folder that "
+                     'exists and has room') from error
+  finally:
+    beside.unlink(missing_ok=True)
+
+
+def infer_config(shapes: Mapping[str, tuple[int, ...]], path: str) -> ModelConfig:
+  """The config of a release-layout file from its shapes; `path` is for messages.
+
+  What shapes don't say is taken as the release has it: dilations 1, 3, 9 and the subtraction of z_semantic. The sample
+  rate follows from an auxiliary decoder that speaks at 16 kHz.
+
+  Raises:
+    LmsptError: a key that decides is missing or has another rank, or the semantic quantizer is an FSQ, whose levels
+      can't be told.
+  """
+  causal = any(key.endswith('_encoder.block.0.conv.weight_v') for key in shapes)
+  conv = '.conv.weight_v' if causal else '.weight_v'
+
+  def size(key: str, axis: int, rank: int = 3) -> int:
+    shape = shapes.get(key)
+    if shape is None:
+      raise LmsptError(f"{path}: no tensor {key!r}: not in the layout of LM-SPT's release")
+    if len(shape) != rank or 0 in shape:
+      raise LmsptError(f"{path}: {key} has shape {list(shape)}: not in the layout of LM-SPT's release")
+    return shape[axis]
+
+  def rates(root: str, member: int) -> tuple[int, ...]:
+    count = next((i for i in range(MAX_BLOCKS + 1) if f'{root}.{i + 1}.block.{member}{conv}' not in shapes),
+                 MAX_BLOCKS + 1)
+    if not 1 <= count <= MAX_BLOCKS:
+      raise LmsptError(f"{path}: {root} has {count} blocks: not in the layout of LM-SPT's release")
+    return tuple(size(f'{root}.{i + 1}.block.{member}{conv}', 2) // 2 for i in range(count))
+
+  encoders = [part for part in ('semantic_encoder', 'acoustic_encoder')
+              if any(key.startswith(f'{part}.') for key in shapes)]
+  if not encoders:
+    raise LmsptError(f"{path}: no tensor of an encoder: not in the layout of LM-SPT's release")
+  encoder = encoders[0]
+  strides = rates(f'{encoder}.block', 4)
+  resynthesis_rates = rates('aux_decoder.model', 1)
+  if 'quantizer.rvq_first.in_proj.weight_v' in shapes:
+    raise LmsptError(f"{path}: its semantic quantizer is an FSQ, whose levels can't be told from shapes; give the "
+                     'config (e.g. configs/lmspt_12_5hz_fsq.py)')
+  tables = [f'quantizer.rvq_rest.quantizers.{i}.codebook.weight' for i in range(MAX_CODEBOOKS + 1)]
+  semantic, count = 'quantizer.rvq_first.quantizers.0.codebook.weight', sum(key in shapes for key in tables)
+  if not 1 <= count <= MAX_CODEBOOKS:
+    raise LmsptError(f"{path}: {count} acoustic codebooks: not in the layout of LM-SPT's release")
+  hop = int(np.prod(strides))
+  resynthesis_hop = int(np.prod(resynthesis_rates))
+  if not hop or not resynthesis_hop or hop * RESYNTHESIS_RATE % resynthesis_hop:
+    raise LmsptError(f'{path}: strides {strides} and {resynthesis_rates} of the auxiliary decoder: no sample rate at '
+                     'which it speaks at 16 kHz; give the config')
+  defaults = ModelConfig()
+  config = ModelConfig(
+      sample_rate=hop * RESYNTHESIS_RATE // resynthesis_hop, encoder_strides=strides, causal=causal,
+      encoder_channels=size(f'{encoder}.block.0{conv}', 0), shared_encoder=len(encoders) == 1,
+      latent_dim=size(f'{encoder}.block.{len(strides) + 2}{conv}', 0),
+      decoder_channels=size(f'decoder.model.0{conv}', 0), decoder_rates=rates('decoder.model', 1),
+      resynthesis_sample_rate=RESYNTHESIS_RATE, resynthesis_channels=size(f'aux_decoder.model.0{conv}', 0),
+      resynthesis_rates=resynthesis_rates,
+      semantic=QuantizerConfig(codebook_size=size(semantic, 0, 2), code_dim=size(semantic, 1, 2)),
+      acoustic=QuantizerConfig(num_codebooks=count, codebook_size=size(tables[0], 0, 2),
+                               code_dim=size(tables[0], 1, 2), dropout=defaults.acoustic.dropout))
+  return _checked(config, path)
+
+
+def _stored(tensors: _Tensors) -> tuple[ModelConfig | None, str]:
+  """(config, licence) that `write_release` wrote; None and '' in files of others."""
+  text = tensors.metadata.get(METADATA)
+  if text is None:
+    return None, ''
+  try:
+    values = json.loads(text)
+  except (ValueError, RecursionError) as error:
+    raise LmsptError(f'{tensors.path}: metadata {METADATA} is not JSON ({error}): the file is damaged') from error
+  fields = values if isinstance(values, dict) else {}
+  model, license = fields.get('model'), fields.get('license')
+  if not isinstance(model, dict) or not isinstance(license, str):
+    raise LmsptError(f"{tensors.path}: metadata {METADATA} has no 'model' and 'license': the file is damaged")
+  try:
+    config = from_dict(ModelConfig, model)
+  except LmsptError as error:
+    raise LmsptError(f'{tensors.path}: metadata {METADATA}: {error}') from error
+  return _checked(config, str(tensors.path)), license
+
+
+def _checked(config: ModelConfig, path: str) -> ModelConfig:
+  """The config, if building it costs what the file could hold."""
+  parts = (config.encoder_strides, config.decoder_rates, config.resynthesis_rates, config.dilations)
+  if max(map(len, parts)) > MAX_BLOCKS or config.acoustic.num_codebooks > MAX_CODEBOOKS:
+    raise LmsptError(f'{path}: a model of {max(map(len, parts))} blocks and {config.acoustic.num_codebooks} codebooks: '
+                     f'at most {MAX_BLOCKS} and {MAX_CODEBOOKS} are read')
+  try:
+    config.check()
+  except LmsptError as error:
+    raise LmsptError(f'{path}: {error}') from error
+  return config
+
+
+class _Tensors(Mapping[str, np.ndarray]):
+  """A file's tensors, read when asked for; `shapes` and `metadata` are read at once."""
+
+  def __init__(self, path: Path):
+    self.path = path
+    if not path.is_file():
+      raise LmsptError(f'{path}: no such file')
+    try:
+      self._file = safetensors.safe_open(path, framework='numpy')
+      self.metadata: dict[str, str] = self._file.metadata() or {}
+      slices = {key: self._file.get_slice(key) for key in self._file.keys()}
+      self.shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
+      dtypes = {key: part.get_dtype() for key, part in slices.items()}
+    except (OSError, safetensors.SafetensorError) as error:
+      raise LmsptError(f'{path}: cannot be read as safetensors ({error})') from error
+    wrong = next((key for key, dtype in dtypes.items() if dtype not in _DTYPES), None)
+    if wrong is not None:
+      raise LmsptError(f'{path}: {wrong} is {dtypes[wrong]}: release weights are {" or ".join(_DTYPES)}')
+
+  def __getitem__(self, key: str) -> np.ndarray:
+    if key not in self.shapes:
+      raise KeyError(key)
+    value = np.asarray(self._file.get_tensor(key), np.float32)
+    if not np.isfinite(value).all():
+      raise LmsptError(f'{key} holds values that are not finite: the file is damaged')
+    return value
+
+  def __contains__(self, key: object) -> bool:
+    return key in self.shapes
+
+  def __iter__(self) -> Iterator[str]:
+    return iter(self.shapes)
+
+  def __len__(self) -> int:
+    return len(self.shapes)
