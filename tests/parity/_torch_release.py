@@ -153,6 +153,8 @@ def make(config: ModelConfig, seed: int = 0) -> ReleaseTokenizer:
         value.normal_(0, 0.02)
       elif name.endswith('weight_g'):
         value.mul_(torch.empty_like(value).uniform_(0.9, 1.3))  # the decoder must not saturate
+        if name == 'quantizer.rvq_first.in_proj.weight_g':  # an FSQ's: random latents are far smaller than its levels
+          value.mul_(100)
   return module.eval()
 
 
