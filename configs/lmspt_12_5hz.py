@@ -7,7 +7,7 @@ The authors trained on Emilia (6 languages), 8 GPUs with batch 8 each, 3 epochs,
 at most. Untrained here: no accelerator was at hand, so no number is claimed.
 
 Here it computes in bfloat16 and keeps a moving average of the generator; `:release` does neither. Which batch fits
-which chip: `lmspt plan`.
+which chip: `lmspt plan`, and docs/results/plan.md.
 """
 
 import ml_collections
