@@ -11,6 +11,7 @@ import math
 
 import torch
 from _torch_reference import load_dac
+from _torch_tokenizer import stirred
 from torch import nn
 from torch.nn.utils import weight_norm
 
@@ -142,20 +143,13 @@ class ReleaseTokenizer(nn.Module):
 
 
 def make(config: ModelConfig, seed: int = 0) -> ReleaseTokenizer:
-  """Random weights, with snakes, biases and gains away from their starting values so that a swap would show."""
+  """Random weights, `stirred`."""
   torch.manual_seed(seed)
-  module = ReleaseTokenizer(config)
-  with torch.no_grad():
-    for name, value in module.named_parameters():
-      if name.endswith('alpha'):
-        value.uniform_(0.5, 2.0)
-      elif name.endswith('bias'):
-        value.normal_(0, 0.02)
-      elif name.endswith('weight_g'):
-        value.mul_(torch.empty_like(value).uniform_(0.9, 1.3))  # the decoder must not saturate
-        if name == 'quantizer.rvq_first.in_proj.weight_g':  # an FSQ's: random latents are far smaller than its levels
-          value.mul_(100)
-  return module.eval()
+  module = stirred(ReleaseTokenizer(config))
+  if config.semantic.kind == 'fsq':  # random latents are far smaller than its levels
+    with torch.no_grad():
+      module.quantizer['rvq_first'].in_proj.weight_g.mul_(100)
+  return module
 
 
 FSQ_LEVELS = QuantizerConfig(kind='fsq', fsq_levels=(8, 8, 8, 6, 5))

@@ -54,9 +54,13 @@ class Tokenizer(torch.nn.Module):
 
 
 def make(config: ModelConfig, seed: int = 0) -> Tokenizer:
-  """Random weights, with snakes and biases away from their starting values so that a swap would show."""
+  """Random weights, `stirred`."""
   torch.manual_seed(seed)
-  module = Tokenizer(config)
+  return stirred(Tokenizer(config))
+
+
+def stirred(module: torch.nn.Module) -> torch.nn.Module:
+  """Snakes, biases and gains moved away from their starting values, so that a swap would show; ready to evaluate."""
   with torch.no_grad():
     for name, value in module.named_parameters():
       if name.endswith('alpha'):
