@@ -33,7 +33,7 @@ CASES: dict[str, tuple[str, int, int, dict[str, str]]] = {
   'v5e_256': ('v5e:16x16', 256, 2, NONE),
   'v5e_8': ('v5e:2x4', 8, 2, NONE),
   'v5e_16_8_block': ('v5e:4x4', 16, 8, BLOCK),
-  # Expected not to fit, which the compiler says before its long part.
+  # Expected not to fit.
   'v5e_16_4': ('v5e:4x4', 16, 4, NONE),
   'v5e_16_16_block': ('v5e:4x4', 16, 16, BLOCK),
 }

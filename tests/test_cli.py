@@ -1,5 +1,6 @@
 """The command line: what it does on good input, and one line with exit status not 0 on bad input."""
 
+import dataclasses
 import errno
 import subprocess
 import sys
@@ -350,10 +351,9 @@ def test_info(lmspt, tiny_run):
     ('arrayrecord:absent', 'arrayrecord:absent (not on this machine)'),
 ])
 def test_info_names_the_datas_licence(lmspt, tiny_run, tiny_tokenizer, monkeypatch, uri, text):
-  from lmspt_jax.inference.license import data_license
   from lmspt_jax.inference.tokenizer import Tokenizer
 
-  model = Tokenizer(tiny_tokenizer.config, tiny_tokenizer.params, tiny_tokenizer.codebooks,
-                    license=data_license(DataConfig(train=uri).train))
+  config = dataclasses.replace(tiny_tokenizer.config, data=DataConfig(train=uri))
+  model = Tokenizer(config, tiny_tokenizer.params, tiny_tokenizer.codebooks)
   monkeypatch.setattr(Tokenizer, 'from_pretrained', lambda path: model)
   assert text in lmspt('info', tiny_run)[1]

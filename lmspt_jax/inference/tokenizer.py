@@ -48,14 +48,14 @@ class Tokenizer:
       params, codebooks: the model's arrays, as `models.tokenizer.split_tokenizer` parts them.
       step: training step of the parameters.
       teacher_id: what the semantic codes were distilled from.
-      license: of the weights, in words.
+      license: of the weights, in words; '' is that of the data the config names.
     """
     self.config = config
     self.params = params
     self.codebooks = codebooks
     self.step = step
     self.teacher_id = teacher_id
-    self.license = license
+    self._license = license
     self._apply = functools.cache(self._compile)
 
   @classmethod
@@ -88,7 +88,7 @@ class Tokenizer:
       raise LmsptError(f'{text}: an exported folder is not supported yet: give the .safetensors file in it')
     restored = checkpoint.restore_for_inference(text)
     return cls(restored.config, restored.params, restored.codebooks, step=restored.step,
-               teacher_id=restored.teacher_id, license=data_license(restored.config.data.train))
+               teacher_id=restored.teacher_id)
 
   @property
   def sample_rate(self) -> int:
@@ -119,6 +119,11 @@ class Tokenizer:
     """Number of different codes, per codebook; semantic first."""
     model = self.config.model
     return tuple(q.size for q in (model.semantic, model.acoustic) for _ in range(q.num_codebooks))
+
+  @functools.cached_property
+  def license(self) -> str:
+    """Of the weights, in words. Looked up when asked for, as that opens a run's training data."""
+    return self._license or data_license(self.config.data.train)
 
   @functools.cached_property
   def model_hash(self) -> str:
