@@ -262,12 +262,25 @@ class RestoredModel:
     return merge_tokenizer(self.config.model, self.params, self.codebooks)
 
 
-def restore_for_inference(workdir: str | Path, average: bool = True) -> RestoredModel:
-  """The newest checkpoint's tokenizer, without discriminators and optimizer states.
+@dataclass(frozen=True)
+class SavedRun:
+  """The newest checkpoint of a run: its step, the run's config, the hash of its teacher ('' without one)."""
 
-  Args:
-    workdir: the run's folder.
-    average: the moving average over steps, where the run keeps one; else the parameters of the last step.
+  folder: Path
+  step: int
+  config: ExperimentConfig
+  teacher_id: str
+
+  def restore(self, abstract_state: dict[str, Any]) -> dict[str, Any]:
+    """Some parts of the state, on the shardings of `abstract_state`; the others stay on disk."""
+    context = ocp.Context()
+    context.pytree.loading.partial_load = True
+    with context, _reading(self.folder):
+      return ocp.load_checkpointables(self.folder, {'state': abstract_state})['state']
+
+
+def saved_run(workdir: str | Path) -> SavedRun:
+  """Finds a run's newest checkpoint.
 
   Raises:
     LmsptError: `workdir` is no run's folder, or has no checkpoint yet.
@@ -282,20 +295,31 @@ def restore_for_inference(workdir: str | Path, average: bool = True) -> Restored
       raise LmsptError(f'{workdir}: no checkpoint yet; train longer, or lower train.checkpoint_every')
     record = store.record(step)
     config = from_dict(ExperimentConfig, record['config']).check()
-    _, params, codebooks = abstract_tokenizer(config.model)
-    average = average and bool(config.train.ema_decay)
-    last = {'generator': {'tokenizer': params}, 'codebooks': codebooks}
-    wanted = {'average': {'params': params, 'codebooks': codebooks}} if average else last
-    sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
-    wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
-    context = ocp.Context()
-    context.pytree.loading.partial_load = True  # discriminators and optimizer states stay on disk
-    with context, _reading(workdir.absolute() / FOLDER / str(step)):
-      state = ocp.load_checkpointables(workdir.absolute() / FOLDER / str(step), {'state': wanted})['state']
-    if average:
-      found = state['average']['params'], state['average']['codebooks']
-    else:
-      found = state['generator']['tokenizer'], state['codebooks']
-    return RestoredModel(config, *found, step, record['teacher_id'])
+    return SavedRun(workdir.absolute() / FOLDER / str(step), step, config, record['teacher_id'])
   finally:
     store.close()
+
+
+def restore_for_inference(workdir: str | Path, average: bool = True) -> RestoredModel:
+  """The newest checkpoint's tokenizer, without discriminators and optimizer states.
+
+  Args:
+    workdir: the run's folder.
+    average: the moving average over steps, where the run keeps one; else the parameters of the last step.
+
+  Raises:
+    LmsptError: `workdir` is no run's folder, or has no checkpoint yet.
+  """
+  run = saved_run(workdir)
+  _, params, codebooks = abstract_tokenizer(run.config.model)
+  average = average and bool(run.config.train.ema_decay)
+  last = {'generator': {'tokenizer': params}, 'codebooks': codebooks}
+  wanted = {'average': {'params': params, 'codebooks': codebooks}} if average else last
+  sharding = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+  wanted = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding), wanted)
+  state = run.restore(wanted)
+  if average:
+    found = state['average']['params'], state['average']['codebooks']
+  else:
+    found = state['generator']['tokenizer'], state['codebooks']
+  return RestoredModel(run.config, *found, run.step, run.teacher_id)

@@ -28,24 +28,9 @@ def speech_folder() -> Path:
 @pytest.fixture(scope='session')
 def tiny_run(tmp_path_factory) -> Path:
   """A run's workdir with one checkpoint of a tiny untrained tokenizer: 24 kHz, hop 480, codebooks 32, 16, 16, 16."""
-  from _random_weights import random_weights
+  from _tiny_run import write_run
 
-  from lmspt_jax.checkpoint import CheckpointStore
-  from lmspt_jax.config import ExperimentConfig, ModelConfig, QuantizerConfig, to_dict
-  from lmspt_jax.models.tokenizer import abstract_tokenizer
-
-  config = ExperimentConfig(name='tiny', model=ModelConfig(
-      encoder_channels=4, encoder_strides=(4, 4, 5, 6), latent_dim=16, decoder_channels=32, decoder_rates=(6, 5, 4, 4),
-      resynthesis_channels=16, resynthesis_rates=(8, 8, 5), dilations=(1,),
-      semantic=QuantizerConfig(codebook_size=32),
-      acoustic=QuantizerConfig(num_codebooks=3, codebook_size=16))).check()
-  params, codebooks = random_weights(abstract_tokenizer(config.model)[1:])
-  workdir = tmp_path_factory.mktemp('tiny_run')
-  store = CheckpointStore(workdir)
-  store.save(3, {'average': {'params': params, 'codebooks': codebooks}},
-             {'config': to_dict(config), 'teacher_id': 'teacher-id'})
-  store.close()
-  return workdir
+  return write_run(tmp_path_factory.mktemp('tiny_run'))
 
 
 @pytest.fixture(scope='session')

@@ -1,6 +1,5 @@
 """The command line: what it does on good input, and one line with exit status not 0 on bad input."""
 
-import dataclasses
 import errno
 import subprocess
 import sys
@@ -11,7 +10,6 @@ import pytest
 import soundfile
 
 from lmspt_jax.cli.main import main
-from lmspt_jax.config import DataConfig
 from lmspt_jax.errors import Interrupted, LmsptError
 
 
@@ -243,8 +241,7 @@ def test_unwritable_out(fails, tiny_run, speech, tmp_path):
 
 
 @pytest.mark.parametrize('model, word', [
-    ('absent', 'no such model'), ('hf://kakaocorp/lmspt', 'not supported yet'), ('x.safetensors', 'no such file'),
-    ('.', 'not a run'),
+    ('absent', 'no such model'), ('x.safetensors', 'no such file'), ('.', 'not a model'),
 ])
 def test_bad_model(fails, speech, tmp_path, monkeypatch, model, word):
   monkeypatch.chdir(tmp_path)
@@ -344,16 +341,3 @@ def test_info(lmspt, tiny_run):
   for words in ('tiny, step 3', '50 Hz (hop 480', '4: 32 16 16 16', f'{50 * (5 + 4 * 3)} bit/s', 'teacher-id',
                 'semantic_encoder', 'names no training data'):
     assert words in out
-
-
-@pytest.mark.parametrize('uri, text', [
-    ('package:speech_sample', 'BSD-2-Clause, CC-BY-SA-3.0'),
-    ('arrayrecord:absent', 'arrayrecord:absent (not on this machine)'),
-])
-def test_info_names_the_datas_licence(lmspt, tiny_run, tiny_tokenizer, monkeypatch, uri, text):
-  from lmspt_jax.inference.tokenizer import Tokenizer
-
-  config = dataclasses.replace(tiny_tokenizer.config, data=DataConfig(train=uri))
-  model = Tokenizer(config, tiny_tokenizer.params, tiny_tokenizer.codebooks)
-  monkeypatch.setattr(Tokenizer, 'from_pretrained', lambda path: model)
-  assert text in lmspt('info', tiny_run)[1]

@@ -11,7 +11,7 @@ import soundfile
 from lmspt_jax import Codes, LmsptError, Tokenizer
 from lmspt_jax.checkpoint import restore_for_inference
 from lmspt_jax.inference.codes import read_codes, write_codes
-from lmspt_jax.inference.tokenizer import model_hash
+from lmspt_jax.pretrained.model import model_hash
 
 
 @pytest.fixture(scope='module')
@@ -26,7 +26,7 @@ def test_properties(tiny_tokenizer):
   t = tiny_tokenizer
   assert (t.sample_rate, t.resynthesis_sample_rate, t.frame_rate, t.hop) == (24_000, 16_000, 50.0, 480)
   assert (t.num_codebooks, t.codebook_sizes) == (4, (32, 16, 16, 16))
-  assert len(t.model_hash) == 16 and t.config.name == 'tiny' and (t.step, t.teacher_id) == (3, 'teacher-id')
+  assert len(t.model_hash) == 16 and t.config.name == 'tiny' and (t.model.step, t.model.teacher_id) == (3, 'teacher-id')
 
 
 # One more or one less than whole frames of 480 samples at 24 kHz, and the shortest recording there is.
@@ -129,7 +129,7 @@ def test_refuses_a_path(tiny_tokenizer):
 def test_drop_tail_quirk(tiny_tokenizer, speech):
   config = dataclasses.replace(tiny_tokenizer.config,
                                quirks=dataclasses.replace(tiny_tokenizer.config.quirks, drop_tail=True))
-  release = Tokenizer(config, tiny_tokenizer.params, tiny_tokenizer.codebooks)
+  release = Tokenizer(dataclasses.replace(tiny_tokenizer.model, config=config))
   codes = release.encode(speech[:5279], sample_rate=24_000)
   assert (codes.ids.shape[1], codes.num_samples, len(release.decode(codes))) == (10, 4800, 4800)
   with pytest.raises(LmsptError, match='shorter than one frame'):

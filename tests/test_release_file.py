@@ -219,11 +219,11 @@ def test_the_releases_own_file_is_a_model(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('flags, text', [
-    (['--from=run', '--to=release:a.safetensors'], '--from=run: use run:PATH or release:PATH'),
-    (['--from=run:a', '--to=hub:b'], '--to=hub:b: use release:PATH'),
+    (['--from=run', '--to=release:a.safetensors'], '--from=run: use run:PATH or release:PATH or folder:PATH'),
+    (['--from=run:a', '--to=hub:b'], '--to=hub:b: use release:PATH or folder:PATH'),
     (['--from=run:a', '--to=release:b'], 'ends in .safetensors'),
     (['--from=run:absent', '--to=release:b.safetensors'], 'absent: not a run'),
-    (['--from=run:a', '--to=release:b.safetensors', '--model-config=configs/demo.py'], 'config of its own')])
+    (['--from=release:absent', '--to=release:b.safetensors'], 'ends in .safetensors')])
 def test_conversions_that_cannot_be(flags, text, capsys, repo, monkeypatch):
   monkeypatch.chdir(repo)
   assert main(['convert', *flags]) == 1

@@ -13,6 +13,7 @@ ROOMS = (
     ('models', 'losses', 'data'),
     # convert: weights in and out, knows models alone
     ('sharding', 'optim', 'checkpoint', 'metrics', 'convert', 'hosts', 'chips'),
+    ('pretrained',),  # whole models in and out, with what is known of them
     ('training',),
     ('evaluation', 'export', 'planning', 'slm', 'inference'),
     ('cli',),

@@ -2,45 +2,48 @@
 
   run:DIR         a run's workdir (only to read)
   release:FILE    a .safetensors file in the layout of the authors' release, which their PyTorch model loads strictly
+  folder:DIR      a folder as `lmspt export` writes it; to read, folder:hf://org/name[@revision] too
 """
 
 from __future__ import annotations
 
 import argparse
+from pathlib import Path
 
 from lmspt_jax.cli import flags
 from lmspt_jax.errors import LmsptError
 
-SOURCES, TARGETS = ('run', 'release'), ('release',)
+SOURCES, TARGETS = ('run', 'release', 'folder'), ('release', 'folder')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-  parser.add_argument('--from', dest='source', required=True, metavar='KIND:PATH', help='run:DIR or release:FILE')
-  parser.add_argument('--to', dest='target', required=True, metavar='KIND:PATH', help='release:FILE')
-  parser.add_argument('--weights', choices=('average', 'last'), default='average',
-                      help="of a run: the moving average over steps, where it keeps one, or the last step's "
-                           '(default: average)')
+  parser.add_argument('--from', dest='source', required=True, metavar='KIND:PATH',
+                      help='run:DIR, release:FILE or folder:DIR')
+  parser.add_argument('--to', dest='target', required=True, metavar='KIND:PATH', help='release:FILE or folder:DIR')
+  flags.add_weights(parser)
   parser.add_argument('--model-config', metavar='FILE[:ARG]',
                       help='a file such as configs/lmspt_12_5hz_fsq.py: what a release file has to be, or does not say')
 
 
 def run(args: argparse.Namespace) -> int:
-  kind, source = _parse(args.source, '--from', SOURCES)
-  _, target = _parse(args.target, '--to', TARGETS)
-  if not target.endswith('.safetensors'):
-    raise LmsptError(f'--to={args.target}: a release file ends in .safetensors')
+  source_kind, source = _parse(args.source, '--from', SOURCES)
+  target_kind, target = _parse(args.target, '--to', TARGETS)
+  for flag, kind, path in (('--from', source_kind, source), ('--to', target_kind, target)):
+    if kind == 'release' and not path.endswith('.safetensors'):
+      raise LmsptError(f'{flag}={kind}:{path}: a release file ends in .safetensors')
+  if source_kind == 'run' and not (Path(source) / 'checkpoints').is_dir():
+    raise LmsptError(f'--from={args.source}: not a run (no checkpoints/ in it)')
   config = flags.load(args.model_config).model if args.model_config else None
-  if config is not None and kind == 'run':
-    raise LmsptError(f'--model-config={args.model_config}: a run has a config of its own; leave it out')
 
-  from lmspt_jax.convert.release_file import read_release, write_release
+  from lmspt_jax.convert.release_file import write_release
+  from lmspt_jax.pretrained.folder import write_folder
+  from lmspt_jax.pretrained.loading import load
 
-  if kind == 'release':
-    write_release(target, read_release(source, config))
+  model = load(source, config, average=args.weights == 'average')
+  if target_kind == 'release':
+    write_release(target, model.released())
   else:
-    from lmspt_jax.inference.release import release_of_run
-
-    write_release(target, release_of_run(source, average=args.weights == 'average'))
+    write_folder(target, model)
   print(f'wrote {target}')
   return 0
 

@@ -21,7 +21,9 @@ from lmspt_jax.config import ExperimentConfig
 from lmspt_jax.errors import LmsptError, nearest
 
 PREFIX = '--config.'
-MODEL = "a run's workdir, or a .safetensors file in the layout of the authors' release"  # help of verbs that take one
+# Help of verbs that take one.
+MODEL = ("a run's workdir, a folder written by lmspt export, a .safetensors file in the layout of the authors' "
+         'release, or hf://org/name[@revision]')
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +33,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
   parser.set_defaults(overrides=[])
   parser.epilog = ('Any field of the config can be changed: --config.train.num_steps=300 '
                    '--config.model.encoder_strides=4,5,6,8 --config.quirks=release')
+
+
+def add_weights(parser: argparse.ArgumentParser) -> None:
+  """Adds `--weights` to a verb that reads a run for others."""
+  parser.add_argument('--weights', choices=('average', 'last'), default='average',
+                      help="of a run: the moving average over steps, where it keeps one, or the last step's "
+                           '(default: average)')
 
 
 def split_overrides(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
@@ -164,8 +173,8 @@ def _parse_tuple(old: Sequence[Any], text: str, name: str) -> tuple[Any, ...]:
   except (ValueError, SyntaxError, MemoryError, RecursionError) as error:
     raise _wrong(name, text, f'numbers separated by commas, as in {example}') from error
   value = tuple(value) if isinstance(value, tuple | list) else (value,)
-  if not all(isinstance(v, int | float) and not isinstance(v, bool) for v in value):
-    raise _wrong(name, text, f'numbers separated by commas, as in {example}')
+  if not all(isinstance(v, int | float | str) and not isinstance(v, bool) for v in value):
+    raise _wrong(name, text, f'numbers or quoted texts separated by commas, as in {example}')
   return value
 
 

@@ -41,26 +41,28 @@ def _machine() -> list[tuple[str, str]]:
 
 
 def _model(model: str) -> list[tuple[str, str]]:
-  from lmspt_jax.inference.tokenizer import Tokenizer, named_arrays
+  from lmspt_jax.pretrained.loading import load
+  from lmspt_jax.pretrained.model import named_arrays
 
-  tokenizer = Tokenizer.from_pretrained(model)
-  config = tokenizer.config.model
+  found = load(model)
+  config = found.config.model
   sizes: dict[str, int] = dict.fromkeys(PARTS, 0)
-  for name, array in (named_arrays(tokenizer.params) | named_arrays(tokenizer.codebooks)).items():
+  for name, array in (named_arrays(found.params) | named_arrays(found.codebooks)).items():
     part = name.partition('/')[0]
     sizes[part] = sizes.get(part, 0) + array.size
   rows = [
-      ('model', f'{tokenizer.config.name}, step {tokenizer.step}'),
-      ('hash', tokenizer.model_hash),
-      ('sample rate', f'{tokenizer.sample_rate} Hz (resynthesis {tokenizer.resynthesis_sample_rate} Hz)'),
-      ('frame rate', f'{tokenizer.frame_rate:g} Hz (hop {tokenizer.hop} samples)'),
-      ('codebooks', f'{tokenizer.num_codebooks}: {" ".join(map(str, tokenizer.codebook_sizes))}'),
+      ('model', f'{found.config.name}, step {found.step}'),
+      ('source', found.source),
+      ('hash', found.hash),
+      ('sample rate', f'{config.sample_rate} Hz (resynthesis {config.resynthesis_sample_rate} Hz)'),
+      ('frame rate', f'{config.frame_rate:g} Hz (hop {config.hop} samples)'),
+      ('codebooks', f'{config.num_codebooks}: {" ".join(map(str, config.codebook_sizes))}'),
       ('bitrate', f'{config.bitrate:.0f} bit/s'),
       ('causal', 'yes' if config.causal else 'no'),
       ('parameters', f'{sum(sizes.values()) / 1e6:.2f} M'),
   ]
   rows += [(f'  {name}', f'{count / 1e6:.2f} M') for name, count in sizes.items() if count]
-  rows.append(('teacher', tokenizer.teacher_id or 'none'))
-  rows.append(('licence', tokenizer.license))
+  rows.append(('teacher', found.teacher_id or 'none'))
+  rows.append(('licence', found.provenance.license))
   return rows
 

@@ -29,7 +29,8 @@ VERBS = {
     'encode': 'audio files to codes',
     'decode': 'codes to audio files',
     'plan': 'compile for a TPU slice without one: memory, FLOPs, bytes, collectives',
-    'convert': "weights between a run and the layout of the authors' release",
+    'export': 'a model as a folder to pass on: weights, config, card, checksums',
+    'convert': "weights between a run, the layout of the authors' release, and exported folders",
     'info': 'versions and devices; what a model is',
 }
 

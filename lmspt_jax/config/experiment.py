@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import re
 from dataclasses import dataclass, field
 
 from lmspt_jax.config.checks import require
@@ -190,6 +191,25 @@ FLOAT32 = ComputeConfig()  # inference: nothing rounded, nothing recomputed
 
 
 @dataclass(frozen=True)
+class InitConfig:
+  """What a fresh run starts from in place of random arrays. A run with a checkpoint of its own goes on from that."""
+
+  model: str = ''  # MODEL: a run's workdir, an exported folder, a .safetensors, hf://org/name; '': at random
+  weights: str = 'average'  # of a run; or 'last'
+  discriminators: bool = False  # a run's too
+  optimizers: bool = False  # a run's moments too; schedules begin anew
+
+  def check(self, name: str = 'init') -> None:
+    require(self.weights in ('average', 'last'), f'{name}.weights', self.weights, "use 'average' or 'last'")
+    for key in ('discriminators', 'optimizers'):
+      require(bool(self.model) or not getattr(self, key), f'{name}.{key}', True,
+              'give init.model, a run, or set it to false')
+    # The moments are those of the last step's parameters, of both networks.
+    require(not self.optimizers or (self.discriminators and self.weights == 'last'), f'{name}.optimizers', True,
+            "needs init.discriminators=true and init.weights='last'")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
   num_steps: int = 400_000
   seed: int = 0  # of parameters, dropout and data order
@@ -201,6 +221,7 @@ class TrainConfig:
   checkpoint_every: int = 2_000  # steps; the last step is always saved
   keep_checkpoints: int = 3
   ema_decay: float = 0.999  # moving average of the generator, the one that is evaluated and exported; 0: none
+  freeze: str = ''  # REGEX: parameters and codebooks in whose path it is found stay as they are, e.g. semantic_
   max_skipped_steps: int = 10  # in a row, for losses or gradients that are not finite, before training stops
 
   def check(self, name: str = 'train') -> None:
@@ -208,6 +229,10 @@ class TrainConfig:
                 'max_skipped_steps'):
       require(getattr(self, key) >= 1, f'{name}.{key}', getattr(self, key), 'use at least 1')
     require(0 <= self.ema_decay < 1, f'{name}.ema_decay', self.ema_decay, 'use a share in [0, 1)')
+    try:
+      re.compile(self.freeze)
+    except re.error as error:
+      raise LmsptError(f'config field {name}.freeze = {self.freeze!r}: no regular expression ({error})') from error
 
 
 @dataclass(frozen=True)
@@ -225,6 +250,7 @@ class ExperimentConfig:
   data: DataConfig = DataConfig()
   mesh: MeshConfig = MeshConfig()
   compute: ComputeConfig = ComputeConfig()
+  init: InitConfig = InitConfig()
   train: TrainConfig = field(default_factory=TrainConfig)
 
   @property

@@ -86,9 +86,14 @@ class ModelConfig:
     return self.semantic.num_codebooks + self.acoustic.num_codebooks
 
   @property
+  def codebook_sizes(self) -> tuple[int, ...]:
+    """Number of different codes, per codebook; semantic first."""
+    return tuple(q.size for q in (self.semantic, self.acoustic) for _ in range(q.num_codebooks))
+
+  @property
   def bitrate(self) -> float:
     """Bits per second of all codebooks, if every code were equally likely."""
-    return self.frame_rate * sum(q.num_codebooks * math.log2(q.size) for q in (self.semantic, self.acoustic))
+    return self.frame_rate * sum(map(math.log2, self.codebook_sizes))
 
   def num_frames(self, num_samples: int) -> int:
     """Frames of a recording: the input is right-padded with zeros to whole frames."""

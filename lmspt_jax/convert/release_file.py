@@ -25,8 +25,6 @@ from lmspt_jax.errors import LmsptError
 # JSON: the model's config and the licence. One entry, as safetensors writes several in any order, and equal models are
 # to be equal files.
 METADATA = 'lmspt_jax'
-# Of a file that says nothing of it.
-RELEASE_LICENSE = "not named in the file (the authors' own weights are CC-BY-NC-4.0)"
 RESYNTHESIS_RATE = 16_000  # Hz: the auxiliary decoder speaks to Whisper
 MAX_BLOCKS, MAX_CODEBOOKS = 16, 64  # a file that names more is none of these models
 _DTYPES = ('F32', 'F16')

@@ -6,31 +6,25 @@ Axes: C channels, N samples, K codebooks, T frames; B, a batch, is always 1 here
 from __future__ import annotations
 
 import functools
-import hashlib
-import json
 import os
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import jax
 import numpy as np
 
-from lmspt_jax import checkpoint
-from lmspt_jax.config import ExperimentConfig, ModelConfig, to_dict
-from lmspt_jax.convert.release_file import RELEASE_LICENSE, read_release
+from lmspt_jax.config import ModelConfig
 from lmspt_jax.data.audio_io import MAX_CHANNELS, MAX_RATE, MIN_RATE, to_mono_at
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.inference.codes import Codes
-from lmspt_jax.inference.license import data_license
 from lmspt_jax.models.tokenizer import merge_tokenizer
+from lmspt_jax.pretrained.loading import load
+from lmspt_jax.pretrained.model import TrainedModel
 
-__all__ = ['PATHS', 'Codes', 'Tokenizer', 'model_hash', 'named_arrays']
+__all__ = ['PATHS', 'Codes', 'Tokenizer']
 
 # Ways from codes to speech, and the model's method for each.
 PATHS = {'full': 'decode', 'semantic': 'decode_semantic', 'resynthesis': 'resynthesize'}
-# What training keeps beside a codebook and neither encoding nor decoding reads.
-STATISTICS = ('counts', 'sums', 'mass')
 
 
 class Tokenizer:
@@ -40,22 +34,11 @@ class Tokenizer:
   codes near it would change with the padding. Every different number of frames is therefore compiled once.
   """
 
-  def __init__(self, config: ExperimentConfig, params: dict[str, Any], codebooks: dict[str, Any], *, step: int = 0,
-               teacher_id: str = '', license: str = ''):
-    """From parts; see `from_pretrained`.
-
-    Args:
-      params, codebooks: the model's arrays, as `models.tokenizer.split_tokenizer` parts them.
-      step: training step of the parameters.
-      teacher_id: what the semantic codes were distilled from.
-      license: of the weights, in words; '' is that of the data the config names.
-    """
-    self.config = config
-    self.params = params
-    self.codebooks = codebooks
-    self.step = step
-    self.teacher_id = teacher_id
-    self._license = license
+  def __init__(self, model: TrainedModel):
+    """Around a loaded model; see `from_pretrained`."""
+    self.model = model
+    self.config = model.config
+    self.params, self.codebooks = model.params, model.codebooks
     self._apply = functools.cache(self._compile)
 
   @classmethod
@@ -63,32 +46,14 @@ class Tokenizer:
     """Loads a model.
 
     Args:
-      model: a run's workdir, or a .safetensors file in the layout of the authors' release.
+      model: a run's workdir, a folder written by `lmspt export`, a .safetensors file in the layout of the authors'
+        release, or hf://org/name[@revision].
       config: of a .safetensors file that does not tell all of it: an FSQ's levels, a model without subtraction.
 
     Raises:
       LmsptError: there is no model there, or not the config's.
     """
-    text, path = str(model), Path(model)
-    if path.suffix == '.safetensors':
-      found = read_release(path, config)
-      return cls(ExperimentConfig(name=path.stem, model=found.config), found.params, found.codebooks,
-                 teacher_id='not named in the file', license=found.license or RELEASE_LICENSE)
-    if config is not None:
-      raise LmsptError(f'{text}: has a config of its own; give config with a .safetensors file alone')
-    if text.startswith('hf://'):
-      raise LmsptError(f"{text}: not supported yet: give a run's workdir, or a .safetensors file of the release's "
-                       'layout')
-    if not path.exists():
-      raise LmsptError(f"{text}: no such model; give a run's workdir (the --workdir of lmspt train) or a .safetensors "
-                       "file of the release's layout")
-    if not path.is_dir():
-      raise LmsptError(f"{text}: not a model; give a run's workdir (the --workdir of lmspt train)")
-    if any(path.glob('*.safetensors')):
-      raise LmsptError(f'{text}: an exported folder is not supported yet: give the .safetensors file in it')
-    restored = checkpoint.restore_for_inference(text)
-    return cls(restored.config, restored.params, restored.codebooks, step=restored.step,
-               teacher_id=restored.teacher_id)
+    return cls(load(model, config))
 
   @property
   def sample_rate(self) -> int:
@@ -117,18 +82,17 @@ class Tokenizer:
   @property
   def codebook_sizes(self) -> tuple[int, ...]:
     """Number of different codes, per codebook; semantic first."""
-    model = self.config.model
-    return tuple(q.size for q in (model.semantic, model.acoustic) for _ in range(q.num_codebooks))
+    return self.config.model.codebook_sizes
 
-  @functools.cached_property
+  @property
   def license(self) -> str:
     """Of the weights, in words. Looked up when asked for, as that opens a run's training data."""
-    return self._license or data_license(self.config.data.train)
+    return self.model.provenance.license
 
-  @functools.cached_property
+  @property
   def model_hash(self) -> str:
     """16 hex digits: equal models, equal text."""
-    return model_hash(self.config.model, self.params, self.codebooks)
+    return self.model.hash
 
   def encode(self, audio: np.ndarray | Sequence[np.ndarray], *, sample_rate: int) -> Codes | list[Codes]:
     """Speech to codes.
@@ -229,24 +193,3 @@ class Tokenizer:
       return getattr(merge_tokenizer(self.config.model, params, codebooks), method)(array)
 
     return jax.jit(apply)
-
-
-def model_hash(config: ModelConfig, params: dict[str, Any], codebooks: dict[str, Any]) -> str:
-  """sha256 over the model's config and every parameter's path, type, shape and bytes in path order; 16 hex digits.
-
-  Usage statistics of training are left out: they change no code, and exported models don't carry them.
-  """
-  digest = hashlib.sha256(json.dumps(to_dict(config), sort_keys=True).encode())
-  leaves = named_arrays(params) | named_arrays(codebooks)
-  for name in sorted(leaves):
-    array = np.ascontiguousarray(leaves[name])
-    digest.update(f'\n{name} {array.dtype} {array.shape}\n'.encode())
-    digest.update(array.tobytes())
-  return digest.hexdigest()[:16]
-
-
-def named_arrays(tree: dict[str, Any]) -> dict[str, Any]:
-  """'decoder/blocks/0/conv/bias' -> array, without usage statistics."""
-  named = {jax.tree_util.keystr(path, simple=True, separator='/'): leaf
-           for path, leaf in jax.tree_util.tree_leaves_with_path(tree)}
-  return {name: leaf for name, leaf in named.items() if name.rpartition('/')[2] not in STATISTICS}

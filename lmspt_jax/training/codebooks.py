@@ -198,7 +198,7 @@ def moving_average(decay: Array, old: dict[str, Any], new: Updated) -> dict[str,
 
   A code that was moved elsewhere is there at once: on its way from its old place it would be nobody's code.
   """
-  mean = lambda a, b: decay * a + (1 - decay) * b
+  mean = lambda a, b: a + (1 - decay) * (b - a)  # of equal numbers it is that number, to the bit
   now = {'params': new.params, 'codebooks': new.codebooks}
   average = {'params': jax.tree.map(mean, old['params'], new.params), 'codebooks': new.codebooks}
   for path, mask_S in new.revived.items():

@@ -29,6 +29,7 @@ from lmspt_jax.sharding import Placement, make_mesh, parameter_summary, paramete
 from lmspt_jax.training import setup
 from lmspt_jax.training.compiled import compile_step, trace_step
 from lmspt_jax.training.flops import count_flops
+from lmspt_jax.training.frozen import Frozen
 from lmspt_jax.training.held_out import evaluate, make_eval_step
 from lmspt_jax.training.interruption import StopRequest
 from lmspt_jax.training.meter import Goodput, Meter, peak_flops
@@ -65,6 +66,7 @@ def train(config: ExperimentConfig, workdir: str | Path) -> None:
     # ---------------------------------------------------------------- state: fresh or restored
     experiment = Experiment(config, teacher.dims)
     abstract = experiment.abstract_state()
+    Frozen(config.train.freeze).check(abstract)
     shardings = placement.shardings(abstract)
     table = placement.table({**vars(abstract), 'teacher': teacher.params})
     if output:

@@ -24,6 +24,7 @@ from lmspt_jax.models.whisper import WhisperDims
 from lmspt_jax.sharding import Placement, local_rows, shard_batch
 from lmspt_jax.training import codebooks as codebook_rules
 from lmspt_jax.training.compiled import placed
+from lmspt_jax.training.fine_tuning import started_from
 from lmspt_jax.training.state import Experiment, TrainState
 from lmspt_jax.training.teacher import WINDOW_SECONDS, stored_params
 
@@ -86,9 +87,12 @@ def open_batches(config: ExperimentConfig, mixture: Mixture, mesh: Mesh, start_b
 
 
 def fresh_state(experiment: Experiment, shardings: TrainState, mesh: Mesh, mixture: Mixture) -> TrainState:
-  """Initialises on the devices, then moves the codebooks to where the first batches' latents are."""
+  """Initialises on the devices, then moves the codebooks to where the first batches' latents are; or starts from
+  another model (config section `init`)."""
   config = experiment.config
   state = jax.jit(experiment.init, out_shardings=shardings)()
+  if config.init.model:
+    return started_from(config, experiment, state, shardings)
   quantizers = (config.model.semantic, config.model.acoustic)
   if config.quirks.dead_codes or not any(q.data_init for q in quantizers):
     return state

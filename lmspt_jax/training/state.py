@@ -51,7 +51,7 @@ class Experiment:
   """
 
   def __init__(self, config: ExperimentConfig, teacher_dims: WhisperDims | None):
-    self.config = config
+    self.config, self.teacher_dims = config, teacher_dims
     self.distillation = make_distillation(config, teacher_dims)
     self._tokenizer_def = nnx.graphdef(nnx.eval_shape(self._make_tokenizer))
     self._discriminator_def = nnx.graphdef(nnx.eval_shape(self._make_discriminators))

@@ -33,6 +33,7 @@ from lmspt_jax.models.quantizers import active_codebooks
 from lmspt_jax.sharding import SPREAD, constrain, gathered
 from lmspt_jax.training import codebooks as codebook_rules
 from lmspt_jax.training.codebooks import Drawn
+from lmspt_jax.training.frozen import Frozen
 from lmspt_jax.training.state import Experiment, TrainState
 
 TrainStep = Callable[[TrainState, Any, dict[str, Array]], tuple[TrainState, Metrics]]
@@ -90,8 +91,10 @@ def make_train_step(experiment: Experiment, shardings: TrainState | None = None)
   """
   config = experiment.config
   model, loss, quirks, parts = config.model, config.loss, config.quirks, config.compute.accumulation
+  frozen = Frozen(config.train.freeze)
 
   def generate(params, codebooks, part: Part):
+    params = frozen.hold('generator', params)
     with jax.named_scope('codec'):
       out = experiment.tokenizer(params['tokenizer'], codebooks)(
           part.audio, active_B=part.active, attached_subtraction=quirks.attached_subtraction)
@@ -102,6 +105,7 @@ def make_train_step(experiment: Experiment, shardings: TrainState | None = None)
                      (('semantic', out.semantic), ('acoustic', out.acoustic))}
 
   def discriminate(params, audio_BN, fake_BN):
+    params = frozen.hold('discriminator', params)
     with jax.named_scope('discriminators'):
       # Every item beside its copy: one half after the other would move audio between the devices of a mesh.
       pairs = jnp.stack([audio_BN, fake_BN], axis=1).reshape(-1, audio_BN.shape[1])
@@ -180,6 +184,7 @@ def make_train_step(experiment: Experiment, shardings: TrainState | None = None)
     d_gradients = into_shards(d_gradients, 'discriminator')
     new_discriminator, discriminator_opt = update(
         experiment.discriminator_tx, d_gradients, state.discriminator_opt, state.discriminator)
+    new_discriminator = frozen.keep('discriminator', new_discriminator, state.discriminator)
     judges = gathered(new_discriminator)
 
     if parts == 1:
@@ -196,6 +201,9 @@ def make_train_step(experiment: Experiment, shardings: TrainState | None = None)
     updated = codebook_rules.update(
         step_key('revival'), state.step, config.train.num_steps, model, quirks, new_generator['tokenizer'],
         state.codebooks, drawn, mask_BT)
+    new_generator = frozen.keep('generator', {**new_generator, 'tokenizer': updated.params}, state.generator)
+    updated = updated.replace(params=new_generator['tokenizer'],
+                              codebooks=frozen.keep('codebooks', updated.codebooks, state.codebooks))
     average = state.average
     if average:
       # Short at first, so that the start is soon forgotten.
@@ -209,7 +217,7 @@ def make_train_step(experiment: Experiment, shardings: TrainState | None = None)
     broken = {name: ~jnp.isfinite(value) for name, value in {**losses, **norms}.items()}
     skipped = jnp.any(jnp.stack(list(broken.values())))
     new_state = TrainState(
-        step=state.step, generator={**new_generator, 'tokenizer': updated.params}, codebooks=updated.codebooks,
+        step=state.step, generator=new_generator, codebooks=updated.codebooks,
         discriminator=new_discriminator, generator_opt=generator_opt, discriminator_opt=discriminator_opt,
         average=average, skipped_in_row=jnp.zeros((), jnp.int32))
     new_state = jax.tree.map(lambda new, old: jnp.where(skipped, old, new), new_state, state)
