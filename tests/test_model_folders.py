@@ -23,6 +23,7 @@ from lmspt_jax import LmsptError, Tokenizer
 from lmspt_jax.cli.main import main
 from lmspt_jax.config import CorpusConfig, DataConfig, QuirksConfig
 from lmspt_jax.convert import hub
+from lmspt_jax.data.audio_io import to_mono_at
 from lmspt_jax.pretrained.loading import load
 
 COMMIT = '0123456789abcdef0123456789abcdef01234567'
@@ -112,6 +113,31 @@ def test_info_names_the_datas_licence(uri, text, tmp_path, capsys):
   write_run(tmp_path, data=DataConfig(train=uri))
   assert main(['info', str(tmp_path)]) == 0
   assert text in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('kind, absent', [('onnx', 'jax'), ('stablehlo', 'lmspt_jax')])
+def test_the_lines_of_a_graphs_card(kind, absent, tiny_run, tiny_tokenizer, speech, tmp_path):
+  """They run where the package is absent that the format does without, and give the model's codes and audio."""
+  out = tmp_path / 'graphs'
+  assert main(['export', f'--model={tiny_run}', f'--format={kind}', '--resynthesis', f'--out={out}']) == 0
+  config = json.loads((out / 'config.json').read_text())
+  assert config['hash'] == tiny_tokenizer.model_hash and config['graphs']['format'] == 1
+  subprocess.run(['sha256sum', '--check', '--strict', 'SHA256SUMS'], cwd=out, check=True, capture_output=True)
+  lines = (out / 'README.md').read_text().split('```')[1].removeprefix('python\n').replace('DIR', str(out))
+  speech = to_mono_at(speech, 16_000, 24_000)
+  codes = tiny_tokenizer.encode(speech, sample_rate=24_000)
+  audio = tiny_tokenizer.decode(codes)
+  np.save(tmp_path / 'audio.npy', speech[None])
+  script = (f'import sys, numpy\nsys.modules[{absent!r}] = None\naudio = numpy.load("audio.npy")\n{lines}\n'
+            'numpy.savez("out.npz", ids=ids, again=again)\n')
+  subprocess.run([sys.executable, '-c', script], cwd=tmp_path, check=True)
+  with np.load(tmp_path / 'out.npz') as found:
+    np.testing.assert_array_equal(found['ids'][0], codes.ids)
+    np.testing.assert_allclose(found['again'][0, :len(audio)], audio, atol=1e-5)
+    assert found['again'].shape == (1, codes.ids.shape[1] * 480) and np.abs(audio).max() > 1e-3
+  assert (out / 'resynthesis.onnx').exists() or (out / 'resynthesis.stablehlo').exists()
+  with pytest.raises(LmsptError, match=f'an export to {kind}, which other programs run'):
+    load(out)
 
 
 # ---------------------------------------------------------------- the hub

@@ -27,13 +27,13 @@ import safetensors.numpy
 from lmspt_jax.config import ModelConfig
 from lmspt_jax.export.graphs import FORMAT_VERSION, graph_names, write_bytes
 from lmspt_jax.models.tokenizer import SpeechTokenizer, abstract_tokenizer, merge_tokenizer
+from lmspt_jax.pretrained.model import named_arrays
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
 # The parts of the model that a graph reads, where the model has them.
 _PARTS = {'encode': ('semantic_encoder', 'acoustic_encoder', 'semantic_quantizer', 'acoustic_quantizer'),
           'decode': ('semantic_quantizer', 'acoustic_quantizer', 'decoder'),
           'resynthesis': ('semantic_quantizer', 'resynthesis_decoder')}
-_STATISTICS = ('counts', 'sums', 'mass')  # of training; no graph reads them
 
 
 def write_stablehlo(folder: Path, config: ModelConfig, params: dict[str, Any], codebooks: dict[str, Any], *,
@@ -49,11 +49,11 @@ def write_stablehlo(folder: Path, config: ModelConfig, params: dict[str, Any], c
   Raises:
     LmsptError: a file can't be written.
   """
-  arrays = {_name(path): leaf for path, leaf in jax.tree_util.tree_leaves_with_path((params, codebooks))}
+  arrays = named_arrays(params) | named_arrays(codebooks)
   written = []
   for graph in graph_names(resynthesis):
     weights = {name: np.ascontiguousarray(leaf) for name, leaf in arrays.items()
-               if name.partition('/')[0] in _PARTS[graph] and name.rpartition('/')[2] not in _STATISTICS}
+               if name.partition('/')[0] in _PARTS[graph]}
     exported = export_graph(graph, config, weights)
     written += [write_bytes(folder / f'{graph}.stablehlo', bytes(exported.serialize())),
                 write_bytes(folder / f'{graph}.safetensors', safetensors.numpy.save(weights))]

@@ -23,6 +23,30 @@ audio = tokenizer.decode(codes)                          # float32 [num_samples]
     lmspt decode --model=DIR --out=audio codes/*.npz
 
 `model.safetensors` is in the layout of the authors' release: their PyTorch model loads it strictly.''',
+    'onnx': '''```python
+import onnxruntime
+
+encode = onnxruntime.InferenceSession('DIR/encode.onnx')
+decode = onnxruntime.InferenceSession('DIR/decode.onnx')
+# float32 [batch, samples] at {sample_rate} Hz -> int32 [batch, {codebooks}, frames]
+(ids,) = encode.run(None, {'audio': audio})
+(again,) = decode.run(None, {'ids': ids})                # ids[:, :1]: what is said, without how it sounds
+```''',
+    'stablehlo': '''```python
+import jax
+import safetensors.numpy
+from pathlib import Path
+
+def load(name):
+  graph = jax.export.deserialize(bytearray(Path(f'DIR/{name}.stablehlo').read_bytes()))
+  return jax.jit(graph.call), jax.device_put(safetensors.numpy.load_file(f'DIR/{name}.safetensors'))
+
+# float32 [batch, samples] at {sample_rate} Hz -> int32 [batch, {codebooks}, frames]
+encode, weights = load('encode')
+ids = encode(weights, audio)
+decode, weights = load('decode')
+again = decode(weights, ids)                             # ids[:, :1]: what is said, without how it sounds
+```''',
 }
 
 
@@ -65,7 +89,8 @@ def model_card(fields: dict[str, Any], files: Sequence[str]) -> str:
 
 
 def _usage(fields: dict[str, Any]) -> str:
-  return _USAGE[fields['export']].replace('{sample_rate}', str(fields['sample_rate']))
+  text = _USAGE[fields['export']].replace('{sample_rate}', str(fields['sample_rate']))
+  return text.replace('{codebooks}', str(len(fields['codebook_sizes'])))
 
 
 def _data(data: Sequence[dict[str, Any]]) -> str:

@@ -40,8 +40,12 @@ def write_folder(out: str | Path, model: TrainedModel) -> None:
   write_export(out, model, 'safetensors', lambda folder: write_release(folder / WEIGHTS, model.released()))
 
 
-def write_export(out: str | Path, model: TrainedModel, kind: str, write: Callable[[Path], object]) -> None:
-  """A folder with what `write(folder)` leaves there, its config, card and checksums. Raises as `write_folder` does."""
+def write_export(out: str | Path, model: TrainedModel, kind: str, write: Callable[[Path], object],
+                 graphs: dict[str, Any] | None = None) -> None:
+  """A folder with what `write(folder)` leaves there, its config, card and checksums. Raises as `write_folder` does.
+
+  `graphs` says in config.json what programs that run a graph depend on.
+  """
   out = Path(out)
   if out.exists() and (not out.is_dir() or any(out.iterdir())):
     raise LmsptError(f'--out={out}: exists and is not an empty folder; give another, or remove it')
@@ -49,7 +53,7 @@ def write_export(out: str | Path, model: TrainedModel, kind: str, write: Callabl
   try:
     beside.mkdir(parents=True)
     write(beside)
-    fields = _fields(model, kind)
+    fields = _fields(model, kind) | ({'graphs': graphs} if graphs else {})
     (beside / CONFIG).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
     files = sorted(path.name for path in beside.iterdir())
     (beside / CARD).write_text(model_card(fields, files), encoding='utf-8')
