@@ -219,8 +219,8 @@ def test_the_releases_own_file_is_a_model(tmp_path, capsys):
 
 
 @pytest.mark.parametrize('flags, text', [
-    (['--from=run', '--to=release:a.safetensors'], '--from=run: use run:PATH or release:PATH or folder:PATH'),
-    (['--from=run:a', '--to=hub:b'], '--to=hub:b: use release:PATH or folder:PATH'),
+    (['--from=run', '--to=release:a.safetensors'], '--from=run: use run:PATH or release:PATH or folder:PATH or'),
+    (['--from=run:a', '--to=hub:b'], '--to=hub:b: use release:PATH or folder:PATH or hf:PATH'),
     (['--from=run:a', '--to=release:b'], 'ends in .safetensors'),
     (['--from=run:absent', '--to=release:b.safetensors'], 'absent: not a run'),
     (['--from=release:absent', '--to=release:b.safetensors'], 'ends in .safetensors')])

@@ -262,7 +262,7 @@ def test_batch_mel_floor(batch, encode, on):
 @pytest.mark.parametrize('rate', [25, 12.5, 6.25, 24, 50, 75])
 def test_pooling_weights_are_shares_of_time(rate):
   positions, frames = 80, int(80 * 0.02 * rate)
-  weights = pooling_weights(frames, positions, 1 / rate)
+  weights = pooling_weights(frames, positions, 1 / rate, 0.02)
   np.testing.assert_allclose(weights.sum(1), 1, rtol=1e-6)
   fine = 3000  # per frame: which position does each instant fall into?
   instants = (np.arange(frames)[:, None] + (np.arange(fine) + 0.5) / fine) / rate
@@ -284,7 +284,7 @@ def test_pooled_strategy_at_any_frame_rate(speech_folder, frame_rate, hop):
   student = distillation.student(params, output)
   assert student.shape == (2, frames, DIMS.width)
   targets = np.asarray(fast(distillation.teacher.targets)(tiny_teacher(), audio))
-  share = pooling_weights(frames, targets.shape[1], hop / 24_000)
+  share = pooling_weights(frames, targets.shape[1], hop / 24_000, 0.02)
   if not 50 % frame_rate:  # whole positions: a plain mean of each frame's
     group = int(50 / frame_rate)
     np.testing.assert_allclose(np.einsum('tp,bpd->btd', share, targets),

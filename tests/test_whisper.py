@@ -25,6 +25,8 @@ from whisper_normalizer.english import EnglishTextNormalizer
 from lmspt_jax.audio.mel import log_mel_spectrogram
 from lmspt_jax.convert import whisper as convert
 from lmspt_jax.convert.ctranslate2 import CTranslate2File
+from lmspt_jax.convert.whisper_files import PACKAGES, PackagedWeights
+from lmspt_jax.convert.whisper_names import CTRANSLATE2_NAMES, HUGGING_FACE_NAMES, foreign_layout, foreign_name
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.models import whisper
 from lmspt_jax.models.whisper_decoding import WhisperVocabulary, transcribe
@@ -151,17 +153,17 @@ def _named(params, rules, dims=SMALL):
   """A foreign state dict: parameters under a format's names and in its layout, with the encoder's positions."""
   out = {}
   for path, value in named_arrays(params):
-    out[convert.foreign_name(path, rules)] = np.ascontiguousarray(convert.foreign_layout(path, value))
-  out[convert.foreign_name('encoder/positions', rules)] = whisper.sinusoids(dims.audio_context, dims.width)
+    out[foreign_name(path, rules)] = np.ascontiguousarray(foreign_layout(path, value))
+  out[foreign_name('encoder/positions', rules)] = whisper.sinusoids(dims.audio_context, dims.width)
   return out
 
 
 def _ctranslate2_variables(params):
   fused = {}
   for path, value in named_arrays(params):
-    name = convert.foreign_name(path, convert.CTRANSLATE2_NAMES)
+    name = foreign_name(path, CTRANSLATE2_NAMES)
     order = next((i for i, p in enumerate(('/query/', '/key/', '/value/')) if p in path), 0)
-    fused.setdefault(name, {})[order] = convert.foreign_layout(path, value)
+    fused.setdefault(name, {})[order] = foreign_layout(path, value)
   for name, rows in fused.items():
     if name.endswith('bias') and 2 in rows:
       rows[1] = np.zeros_like(rows[2])  # keys have no bias
@@ -238,7 +240,7 @@ def test_ctranslate2_dtypes_and_aliases(tmp_path):
 @pytest.mark.parametrize(('shards', 'prefix'), [(1, ''), (3, 'model.')])
 def test_hugging_face_single_and_indexed(tmp_path, shards, prefix):
   params = _params()
-  tensors = _named(params, convert.HUGGING_FACE_NAMES)
+  tensors = _named(params, HUGGING_FACE_NAMES)
   folder = _write_hugging_face(tmp_path / 'hf', tensors, shards, prefix)
   (folder / 'tokenizer.json').write_text('{}')
   checkpoint = convert.load_whisper(f'hf:{folder}', ('encoder', 'decoder'))
@@ -288,9 +290,9 @@ def test_uri_faults(tmp_path, monkeypatch):
 
 
 def test_another_version_of_the_package_is_refused(monkeypatch):
-  entry = convert.PACKAGES['tiny.en']
-  changed = convert.PackagedWeights(entry.extra, entry.files, entry.tokenizer, 64 * '0')
-  monkeypatch.setitem(convert.PACKAGES, 'tiny.en', changed)
+  entry = PACKAGES['tiny.en']
+  changed = PackagedWeights(entry.extra, entry.files, entry.tokenizer, 64 * '0')
+  monkeypatch.setitem(PACKAGES, 'tiny.en', changed)
   _line('package:tiny.en', f'sha256 is {entry.sha256}, not 000')
 
 
@@ -347,7 +349,7 @@ def test_hostile_ctranslate2_files(tmp_path):
 
 
 def test_hugging_face_faults(tmp_path):
-  tensors = _named(_params(), convert.HUGGING_FACE_NAMES)
+  tensors = _named(_params(), HUGGING_FACE_NAMES)
   cases = {
     'other': (tensors, {'model_type': 'bert'}, "model_type = 'bert'"),
     'string': (tensors, {'d_model': '16'}, "width = '16'"),

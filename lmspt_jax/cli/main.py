@@ -30,7 +30,7 @@ VERBS = {
     'decode': 'codes to audio files',
     'plan': 'compile for a TPU slice without one: memory, FLOPs, bytes, collectives',
     'export': 'a model as a folder to pass on: weights, config, card, checksums',
-    'convert': "weights between a run, the layout of the authors' release, and exported folders",
+    'convert': "weights from one format to another: a tokenizer's, a Whisper's",
     'info': 'versions and devices; what a model is',
 }
 

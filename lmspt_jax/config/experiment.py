@@ -17,7 +17,9 @@ class TeacherConfig:
   """The frozen speech encoder that the semantic codes are distilled from."""
 
   strategy: str = 'resynthesis'  # 'resynthesis' (LM-SPT), 'pooled' (features at the token rate), 'none'
-  checkpoint: str = 'hf://openai/whisper-large-v3'  # package:tiny.en, openai:FILE.pt, hf:DIR, ctranslate2:DIR, hf://org/name
+  # A Whisper: package:tiny.en, openai:FILE.pt, hf:DIR, ctranslate2:DIR, hf://org/name[@revision]. Or the audio tower of
+  # Qwen2-Audio, 25 features a second: hf:DIR, hf://Qwen/Qwen2-Audio-7B
+  checkpoint: str = 'hf://openai/whisper-large-v3'
   window: str = 'crop'  # 'crop': positions of the crop only; 'full': zero-padded to 30 s, as released
   distance: str = 'mse'  # or 'l1'
 

@@ -70,3 +70,8 @@ def foreign_name(path: str, rules: Rules) -> str:
 def foreign_layout(path: str, value: np.ndarray) -> np.ndarray:
   """Linear and convolution kernels are stored [..., in, out] here, [out, in, ...] elsewhere; its own inverse."""
   return value.transpose() if path.endswith('kernel') else value
+
+
+def foreign_shape(path: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  """The shape that `foreign_layout` gives to an array."""
+  return shape[::-1] if path.endswith('kernel') else shape

@@ -12,7 +12,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -34,6 +34,7 @@ class WhisperDims:
   vocab_size: int
   audio_context: int = 1500  # encoder positions: 30 s at 50 Hz
   text_context: int = 448  # tokens
+  positions_per_second: ClassVar[int] = 50
 
   @property
   def multilingual(self) -> bool:
@@ -151,7 +152,7 @@ class WhisperEncoder(nnx.Module):
 
   def __init__(self, dims: WhisperDims, *, rngs: nnx.Rngs, dtype: DType = jnp.float32, remat: bool = False,
                gather: Callable[[nnx.State], nnx.State] | None = None):
-    self.audio_context, self.remat, self.gather = dims.audio_context, remat, gather
+    self.audio_context, self.width, self.remat, self.gather = dims.audio_context, dims.width, remat, gather
     self.conv1 = nnx.Conv(dims.n_mels, dims.width, kernel_size=(3,), padding=1, dtype=dtype, rngs=rngs)
     self.conv2 = nnx.Conv(dims.width, dims.width, kernel_size=(3,), strides=2, padding=1, dtype=dtype, rngs=rngs)
     blocks = [nnx.split(EncoderBlock(dims.width, dims.heads, dtype=dtype, rngs=rngs)) for _ in range(dims.audio_layers)]
@@ -164,13 +165,17 @@ class WhisperEncoder(nnx.Module):
     A crop shorter than 30 s takes the first ceil(T / 2) positions and attends to itself only. Raises ValueError for
     more than 2 * audio_context frames.
     """
+    return self.norm(self.hidden(mel_BTF))
+
+  def hidden(self, mel_BTF: Array) -> Array:
+    """What the blocks give, [B, ceil(T / 2), width], before the last norm."""
     positions = -(-mel_BTF.shape[1] // 2)
     if positions > self.audio_context:
       raise ValueError(f'{mel_BTF.shape[1]} mel frames are more than the {2 * self.audio_context} the encoder takes')
     x_BTD = jax.nn.gelu(self.conv1(mel_BTF), approximate=False)
     x_BTD = jax.nn.gelu(self.conv2(x_BTD), approximate=False)
     x_BTD = x_BTD.astype(_at_least_float32(x_BTD.dtype))
-    x_BTD = x_BTD + sinusoids(self.audio_context, x_BTD.shape[-1])[:positions]
+    x_BTD = x_BTD + self.position_table()[:positions]
     graphdef, layers = nnx.split(self.blocks)
 
     def run(x_BTD: Array, layer: nnx.State) -> tuple[Array, None]:
@@ -181,8 +186,11 @@ class WhisperEncoder(nnx.Module):
       run = jax.checkpoint(run, prevent_cse=False)
     elif self.gather is not None:
       run = jax.checkpoint(run, prevent_cse=False, policy=_keep_all_but_constrained)
-    x_BTD, _ = jax.lax.scan(run, x_BTD, layers)
-    return self.norm(x_BTD)
+    return jax.lax.scan(run, x_BTD, layers)[0]
+
+  def position_table(self) -> np.ndarray | Array:
+    """What is added to the positions, float32 [audio_context, width]."""
+    return sinusoids(self.audio_context, self.width)
 
 
 def _keep_all_but_constrained(primitive: Any, *_: Any, **__: Any) -> bool:

@@ -23,7 +23,8 @@ from lmspt_jax.chips import Topology
 from lmspt_jax.config import ExperimentConfig
 from lmspt_jax.convert.whisper import whisper_dims
 from lmspt_jax.errors import LmsptError
-from lmspt_jax.models.whisper import WHISPER_SIZES, WhisperDims, WhisperEncoder, abstract_params
+from lmspt_jax.models.teachers import TEACHER_SIZES, TeacherDims, encoder_of
+from lmspt_jax.models.whisper import abstract_params
 from lmspt_jax.planning.hlo import Program
 from lmspt_jax.planning.roofline import Roofline
 from lmspt_jax.sharding import Placement, make_mesh
@@ -61,20 +62,20 @@ class Plan:
   fits: bool
 
 
-def teacher_dims(config: ExperimentConfig) -> WhisperDims | None:
+def teacher_dims(config: ExperimentConfig) -> TeacherDims | None:
   """Sizes of the configured teacher; of a well-known one by its name, of a local file from its header.
 
-  Raises LmsptError for a name that is not Whisper's.
+  Raises LmsptError for a name that is not known.
   """
   if config.teacher.strategy == 'none':
     return None
   name = re.split('[:/]', config.teacher.checkpoint.partition('@')[0])[-1].removeprefix('whisper-')
   known = re.match('package:|hf://', config.teacher.checkpoint)
-  if known and name in WHISPER_SIZES:
-    return WHISPER_SIZES[name]
+  if known and name in TEACHER_SIZES:
+    return TEACHER_SIZES[name]
   if known:
     raise LmsptError(f'teacher.checkpoint = {config.teacher.checkpoint!r}: its sizes are not known and nothing is '
-                     f'downloaded for a plan; use a local copy, or a name that ends in {", ".join(WHISPER_SIZES)}')
+                     f'downloaded for a plan; use a local copy, or a name that ends in {", ".join(TEACHER_SIZES)}')
   return whisper_dims(config.teacher.checkpoint)
 
 
@@ -125,7 +126,7 @@ def plan(config: ExperimentConfig, topology: Topology, keep_text: Callable[[str]
   placement = Placement(config, mesh)
   experiment = Experiment(config, dims)
   teacher = {} if dims is None else jax.eval_shape(
-      lambda params: stored_params(params, config.compute), abstract_params(WhisperEncoder, dims))
+      lambda params: stored_params(params, config.compute), abstract_params(encoder_of(dims), dims))
   setup = {
     'chips': topology.chips, 'hosts': topology.hosts, 'mesh': dict(mesh.shape), 'batch_size': config.data.batch_size,
     'audio_seconds': config.data.batch_size * config.crop_samples / config.model.sample_rate,

@@ -20,7 +20,7 @@ from lmspt_jax.convert.whisper import load_whisper
 from lmspt_jax.data.mixture import Mixture
 from lmspt_jax.data.pipeline import Batches, held_out_utterances, training_batches
 from lmspt_jax.errors import LmsptError
-from lmspt_jax.models.whisper import WhisperDims
+from lmspt_jax.models.teachers import TeacherDims
 from lmspt_jax.sharding import Placement, local_rows, shard_batch
 from lmspt_jax.training import codebooks as codebook_rules
 from lmspt_jax.training.compiled import placed
@@ -35,7 +35,7 @@ MODEL_INPUTS = ('audio', 'num_samples')
 class Teacher:
   """The frozen encoder: its sizes (None without a teacher), its arrays on the devices, its checkpoint's hash."""
 
-  dims: WhisperDims | None
+  dims: TeacherDims | None
   params: Any
   sha256: str
 

@@ -12,8 +12,8 @@ from jaxtyping import Array
 from lmspt_jax import optim, rng
 from lmspt_jax.config import ExperimentConfig
 from lmspt_jax.models.discriminators import Discriminators
+from lmspt_jax.models.teachers import TeacherDims
 from lmspt_jax.models.tokenizer import SpeechTokenizer, split_tokenizer
-from lmspt_jax.models.whisper import WhisperDims
 from lmspt_jax.training.teacher import make_distillation
 
 
@@ -50,7 +50,7 @@ class Experiment:
     teacher_dims: sizes of the teacher's encoder; None without a teacher.
   """
 
-  def __init__(self, config: ExperimentConfig, teacher_dims: WhisperDims | None):
+  def __init__(self, config: ExperimentConfig, teacher_dims: TeacherDims | None):
     self.config, self.teacher_dims = config, teacher_dims
     self.distillation = make_distillation(config, teacher_dims)
     self._tokenizer_def = nnx.graphdef(nnx.eval_shape(self._make_tokenizer))

@@ -1,7 +1,7 @@
 """How the frozen teacher shapes the semantic codes: a strategy object, so that the step knows nothing of it.
 
-Axes: B batch, N samples at the codec's rate, M samples at 16 kHz, P teacher positions (50 a second), T frames,
-C latent channels, D teacher width.
+Axes: B batch, N samples at the codec's rate, M samples at 16 kHz, P teacher positions (50 a second of Whisper,
+25 of Qwen2-Audio), T frames, C latent channels, D teacher width.
 
 A strategy has two halves. `student` runs inside the generator's forward and may have parameters of its own; `loss`
 takes what came out of it, and gradients flow back through the teacher to the resynthesis, never to the teacher.
@@ -18,17 +18,16 @@ import numpy as np
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, Int
 
-from lmspt_jax.audio.mel import WHISPER_HOP, WHISPER_SAMPLE_RATE, log_mel_spectrogram
+from lmspt_jax.audio.mel import WHISPER_SAMPLE_RATE, log_mel_spectrogram
 from lmspt_jax.audio.resample import resample
 from lmspt_jax.config import FLOAT32, ComputeConfig, ExperimentConfig
 from lmspt_jax.losses.distillation import feature_distance
 from lmspt_jax.models import whisper
 from lmspt_jax.models.layers import PRECISION
+from lmspt_jax.models.teachers import TeacherDims, encoder_of
 from lmspt_jax.models.tokenizer import TokenizerOutput
-from lmspt_jax.models.whisper import WhisperDims, WhisperEncoder
 from lmspt_jax.sharding import BATCH, constrain, gathered, over_fsdp
 
-SAMPLES_PER_POSITION = 2 * WHISPER_HOP  # the encoder halves the mel frames
 WINDOW_SECONDS = 30
 WINDOW_SAMPLES = WINDOW_SECONDS * WHISPER_SAMPLE_RATE
 
@@ -54,20 +53,21 @@ class Distillation(Protocol):
 
 
 class FrozenTeacher:
-  """A Whisper encoder over a window of the crop.
+  """A speech encoder (`models.teachers`) over a window of the crop.
 
   Args:
-    dims: the encoder's sizes.
+    dims: the encoder's sizes, which say its family.
     sample_rate: of the audio given to `targets`, in Hz.
     window: 'crop' encodes the crop's own positions; 'full' zero-pads it to 30 s, as released.
     batch_mel_floor: the resynthesis' log-mel is floored at the batch's maximum - 8 (a quirk of the release).
     compute: dtype of its products and whether its blocks are recomputed in the backward pass; log-mels are float32.
   """
 
-  def __init__(self, dims: WhisperDims, sample_rate: int, window: str, batch_mel_floor: bool = False,
+  def __init__(self, dims: TeacherDims, sample_rate: int, window: str, batch_mel_floor: bool = False,
                compute: ComputeConfig = FLOAT32):
     self.dims, self.sample_rate, self.window, self.batch_mel_floor = dims, sample_rate, window, batch_mel_floor
     self.dtype, self.remat = jnp.dtype(compute.dtype), compute.remat_teacher == 'block'
+    self.samples_per_position = WHISPER_SAMPLE_RATE // dims.positions_per_second  # at 16 kHz
 
   def targets(self, params: Any, audio_BN: Float[Array, 'B N']) -> Float[Array, 'B P D']:
     """Features of the original, without gradient."""
@@ -81,18 +81,18 @@ class FrozenTeacher:
   def valid_positions(self, num_samples_B: Int[Array, 'B'], positions: int) -> Float[Array, 'B P']:
     """1 for positions that start inside the item's real audio, 0 for padding."""
     ends_B = num_samples_B * (WHISPER_SAMPLE_RATE / self.sample_rate)
-    return (jnp.arange(positions) * SAMPLES_PER_POSITION < ends_B[:, None]).astype(jnp.float32)
+    return (jnp.arange(positions) * self.samples_per_position < ends_B[:, None]).astype(jnp.float32)
 
   def _encode(self, params: Any, audio_BM: Array, floor: str) -> Array:
-    samples = audio_BM.shape[1]
-    whole = WINDOW_SAMPLES if self.window == 'full' else -(-samples // SAMPLES_PER_POSITION) * SAMPLES_PER_POSITION
+    samples, position = audio_BM.shape[1], self.samples_per_position
+    whole = WINDOW_SAMPLES if self.window == 'full' else -(-samples // position) * position
     if samples > WINDOW_SAMPLES:
       raise ValueError(f'{samples} samples at 16 kHz: the teacher sees at most 30 s, shorten data.crop_seconds')
     audio_BM = jnp.pad(audio_BM, ((0, 0), (0, whole - samples)))
     params = jax.lax.stop_gradient(params)
     if over_fsdp():
       params = {**params, **{name: gathered(params[name]) for name in ('conv1', 'conv2')}}
-    encoder = whisper.bind(WhisperEncoder, self.dims, params, dtype=self.dtype, remat=self.remat,
+    encoder = whisper.bind(encoder_of(self.dims), self.dims, params, dtype=self.dtype, remat=self.remat,
                            gather=_gather_layer if over_fsdp() else None)
     return encoder(constrain(log_mel_spectrogram(audio_BM, self.dims.n_mels, floor), BATCH))
 
@@ -142,7 +142,7 @@ class ResynthesisDistillation:
     if self.over_padding:
       return jnp.asarray(num_samples_B.shape[0], jnp.float32)
     del samples
-    return jnp.sum(self.teacher.valid_positions(num_samples_B, WINDOW_SAMPLES // SAMPLES_PER_POSITION))
+    return jnp.sum(self.teacher.valid_positions(num_samples_B, WINDOW_SAMPLES // self.teacher.samples_per_position))
 
 
 class PooledFeatureDistillation:
@@ -167,7 +167,8 @@ class PooledFeatureDistillation:
     target_BPD = self.teacher.targets(teacher_params, audio_BN)
     frames = student.shape[1]
     seconds_per_frame = self.hop / self.teacher.sample_rate
-    weights_TP = pooling_weights(frames, target_BPD.shape[1], seconds_per_frame)
+    seconds_per_position = self.teacher.samples_per_position / WHISPER_SAMPLE_RATE
+    weights_TP = pooling_weights(frames, target_BPD.shape[1], seconds_per_frame, seconds_per_position)
     pooled_BTD = jnp.einsum('tp,bpd->btd', weights_TP, target_BPD, precision=PRECISION)
     return feature_distance(student, pooled_BTD, self.distance, self._valid(num_samples_B, frames))
 
@@ -198,16 +199,16 @@ class NoDistillation:
     return jnp.asarray(num_samples_B.shape[0], jnp.float32)
 
 
-def pooling_weights(frames: int, positions: int, seconds_per_frame: float) -> np.ndarray:
-  """Rows of shares, float32 [frames, positions]: how much of a frame's span each 20 ms teacher position covers."""
-  step = SAMPLES_PER_POSITION / WHISPER_SAMPLE_RATE
+def pooling_weights(frames: int, positions: int, seconds_per_frame: float, seconds_per_position: float) -> np.ndarray:
+  """Rows of shares, float32 [frames, positions]: how much of a frame's span each teacher position covers."""
+  step = seconds_per_position
   starts_T, starts_P = np.arange(frames) * seconds_per_frame, np.arange(positions) * step
   overlap_TP = (np.minimum(starts_T[:, None] + seconds_per_frame, starts_P + step)
                 - np.maximum(starts_T[:, None], starts_P)).clip(0)
   return (overlap_TP / np.maximum(overlap_TP.sum(1, keepdims=True), 1e-12)).astype(np.float32)
 
 
-def make_distillation(config: ExperimentConfig, dims: WhisperDims | None) -> Distillation:
+def make_distillation(config: ExperimentConfig, dims: TeacherDims | None) -> Distillation:
   """The strategy a config names; `dims` of the teacher, None without one."""
   if config.teacher.strategy == 'none' or dims is None:
     return NoDistillation()

@@ -10,19 +10,20 @@ import torch
 import whisper as openai_whisper
 
 from lmspt_jax.convert import whisper as convert
+from lmspt_jax.convert.whisper_names import OPENAI_NAMES, Rules, foreign_layout, foreign_name
 from lmspt_jax.models import whisper
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from _whisper_arrays import named_arrays  # isort: skip
 
 
-def state_dict(checkpoint: convert.WhisperCheckpoint, rules) -> dict[str, np.ndarray]:
+def state_dict(checkpoint: convert.WhisperCheckpoint, rules: Rules) -> dict[str, np.ndarray]:
   """The parameters under foreign names (`rules`, of `convert.whisper_names`) and in the foreign layout."""
   out = {}
   for path, value in named_arrays(checkpoint.params):
-    out[convert.foreign_name(path, rules)] = np.ascontiguousarray(convert.foreign_layout(path, value))
+    out[foreign_name(path, rules)] = np.ascontiguousarray(foreign_layout(path, value))
   positions = whisper.sinusoids(checkpoint.dims.audio_context, checkpoint.dims.width)
-  out[convert.foreign_name('encoder/positions', rules)] = positions.copy()
+  out[foreign_name('encoder/positions', rules)] = positions.copy()
   return out
 
 
@@ -34,6 +35,6 @@ def openai_model(checkpoint: convert.WhisperCheckpoint) -> torch.nn.Module:
       n_audio_layer=d.audio_layers, n_vocab=d.vocab_size, n_text_ctx=d.text_context, n_text_state=d.width,
       n_text_head=d.heads, n_text_layer=d.text_layers)
   model = openai_whisper.model.Whisper(dims)
-  tensors = {name: torch.from_numpy(value) for name, value in state_dict(checkpoint, convert.OPENAI_NAMES).items()}
+  tensors = {name: torch.from_numpy(value) for name, value in state_dict(checkpoint, OPENAI_NAMES).items()}
   model.load_state_dict(tensors, strict=True)
   return model.eval()

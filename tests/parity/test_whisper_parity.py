@@ -21,6 +21,7 @@ import whisper as openai_whisper
 from lmspt_jax.audio import mel, stft
 from lmspt_jax.convert import whisper as convert
 from lmspt_jax.convert.torch_zip import TorchFile
+from lmspt_jax.convert.whisper_names import HUGGING_FACE_NAMES
 from lmspt_jax.models import whisper
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -108,7 +109,7 @@ def test_three_formats_give_identical_parameters(tiny, reference, tmp_path):
   )
   folder = tmp_path / 'hf'
   folder.mkdir()
-  tensors = {f'model.{k}': v for k, v in state_dict(tiny, convert.HUGGING_FACE_NAMES).items()}
+  tensors = {f'model.{k}': v for k, v in state_dict(tiny, HUGGING_FACE_NAMES).items()}
   safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
   config = {
     'model_type': 'whisper',
