@@ -63,6 +63,7 @@ PARITY = [
   'tensorboard',
   'tiktoken',
   'torch==2.13.0',
+  'transformers>=5,<6',
 ]
 
 setup(

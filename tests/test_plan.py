@@ -13,13 +13,14 @@ from xml.etree import ElementTree
 
 import jax
 import pytest
+from _small_tower import TOWER, write_tower
 from make_golden_step import DIMS, TINY, replaced, write_teacher
 
 from lmspt_jax.chips import CHIPS, chip_of, parse_topology
 from lmspt_jax.cli.main import main
 from lmspt_jax.config import TeacherConfig
 from lmspt_jax.errors import LmsptError
-from lmspt_jax.models.whisper import WHISPER_SIZES
+from lmspt_jax.models.teachers import TEACHER_SIZES
 from lmspt_jax.planning import plan as planning
 from lmspt_jax.planning.hlo import Program, shape_bytes
 from lmspt_jax.planning.roofline import Roofline
@@ -278,15 +279,17 @@ def test_another_compiler_than_jax_takes(config_file, capsys, monkeypatch):
 
 @pytest.mark.parametrize('checkpoint, size', [
     ('hf://openai/whisper-large-v3', 'large-v3'), ('hf://openai/whisper-large-v3-turbo@main', 'large-v3-turbo'),
-    ('package:tiny.en', 'tiny.en')])
+    ('package:tiny.en', 'tiny.en'), ('hf://Qwen/Qwen2-Audio-7B@main', 'Qwen2-Audio-7B'),
+    ('hf://Qwen/Qwen2-Audio-7B-Instruct', 'Qwen2-Audio-7B')])
 def test_a_well_known_teacher_by_its_name(checkpoint, size):
   config = replaced(TINY, teacher=TeacherConfig(checkpoint=checkpoint))
-  assert planning.teacher_dims(config) == WHISPER_SIZES[size]
+  assert planning.teacher_dims(config) == TEACHER_SIZES[size]
 
 
 def test_a_local_teacher_by_its_header(tmp_path):
-  config = replaced(TINY, teacher__checkpoint=write_teacher(tmp_path / 'teacher'))
-  assert planning.teacher_dims(config) == DIMS
+  tower = write_tower(tmp_path / 'tower')
+  for checkpoint, dims in ((write_teacher(tmp_path / 'teacher'), DIMS), (f'hf:{tower}', TOWER)):
+    assert planning.teacher_dims(replaced(TINY, teacher__checkpoint=checkpoint)) == dims
 
 
 def test_a_teacher_nobody_knows():

@@ -18,8 +18,10 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
+from _small_tower import TOWER, tower_params
 from jax.sharding import AbstractMesh, AxisType, PartitionSpec
 from make_golden_step import DIMS, TINY, fast, replaced, speech_batches, tiny_teacher
 
@@ -31,7 +33,7 @@ from lmspt_jax.sharding import AXES, Placement, make_mesh, parameter_table, shar
 from lmspt_jax.training import compiled, setup
 from lmspt_jax.training.state import Experiment, TrainState
 from lmspt_jax.training.step import make_train_step
-from lmspt_jax.training.teacher import stored_params
+from lmspt_jax.training.teacher import FrozenTeacher, stored_params
 
 STEADY = OptimizerConfig(learning_rate=1e-4, final_learning_rate=1e-4, warmup_steps=0)
 # Whatever depends on the whole batch is on: usage, perplexity, moving averages, revival, dropout.
@@ -110,6 +112,15 @@ def measure(out: Path) -> None:
         first = experiments[name].exported(jax.device_put(start, shardings[name]))
         audio = shard_batch(batches[0], placement.mesh, len(batches[0]['audio']))['audio']
         arrays[f'{name}/start_codes'] = np.asarray(start_codes(first['params'], first['codebooks'], audio))
+  # A teacher of the other family, the same audio: what its gradient does to it.
+  tower = FrozenTeacher(TOWER, 16_000, 'crop')
+  reach = fast(jax.grad(lambda audio, params: jnp.sum(jnp.square(tower.features(params, audio)))))
+  for name in ('1x1x1', '4x2x1', '2x2x2'):
+    placement = runs[name][1]
+    with jax.set_mesh(placement.mesh):
+      params = jax.device_put(tower_params(), placement.teacher(tower_params()))
+      audio = shard_batch(batches[0], placement.mesh, len(batches[0]['audio']))['audio']
+      arrays[f'{name}/tower'] = np.asarray(reach(audio, params))
   figures['table'] = parameter_table(runs['2x2x2'][1].table(abstract))
 
   store = CheckpointStore(out)
@@ -183,6 +194,13 @@ def test_metrics_are_those_of_the_whole_batch(measured, mesh):
   # Were they counted per device, at most 10 frames could be seen, and the mean of eight perplexities be no more.
   assert expected['codebook/usage_semantic'] * CONFIG.model.semantic.size > 10
   assert expected['codebook/perplexity_semantic'] > 10
+
+
+@pytest.mark.parametrize('mesh', ['4x2x1', '2x2x2'])
+def test_an_audio_tower_hears_the_same_on_every_mesh(measured, mesh):
+  _, arrays = measured
+  expected = arrays['1x1x1/tower']
+  np.testing.assert_allclose(arrays[f'{mesh}/tower'], expected, atol=1e-4 * np.abs(expected).max())
 
 
 # float32: sums in another order. bfloat16 keeps 8 bits: the order decides the last of them, that decides a code now and
@@ -311,6 +329,7 @@ def placed(rules, path, shape, sizes=(2, 2, 2)):
     ('teacher/blocks/mlp/up/bias', (32, 5120), (None, 'tensor')),
     ('teacher/blocks/mlp/down/bias', (32, 1280), ()),
     ('teacher/conv1/kernel', (3, 128, 1280), (None, None, 'fsdp')),
+    ('teacher/positions', (1500, 1280), ()),
     ('generator/tokenizer/decoder/blocks/0/upsample/weight_v', (4, 1536, 768), (None, None, ('fsdp', 'tensor'))),
     ('generator/tokenizer/decoder/conv_out/weight_v', (7, 96, 1), ()),
     ('discriminator_opt/1/0/mu/discriminators/3/convs/1/weight_v', (1, 5, 32, 128),

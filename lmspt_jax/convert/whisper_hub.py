@@ -61,39 +61,46 @@ def open_folder(folder: Path) -> WhisperSource:
   """Raises LmsptError for files that are missing or damaged, and for another model's."""
   family = _read_family(folder)
   paths = [folder / file for file in _weight_files(folder, family)]
-  handles = {}
+  files: dict[str, Path] = {}
   for path in paths:
-    try:
-      handle = safetensors.safe_open(path, framework='numpy')
-    except (OSError, safetensors.SafetensorError) as e:
-      raise LmsptError(f'{path}: cannot be read as safetensors ({e})') from e
-    handles.update(dict.fromkeys(handle.keys(), (path, handle)))
-  prefix = _prefix(handles, family, paths[0])
+    with _opened(path) as file:
+      files.update(dict.fromkeys(file.keys(), path))
+  prefix = _prefix(files, family, paths[0])
   rules = (*family.rules, (r'^', prefix))
 
   def tensor(name: str) -> np.ndarray:
-    if name not in handles:
-      raise LmsptError(f'{paths[0]}: no tensor {name!r}; {nearest(name, handles)}')
-    file, handle = handles[name]
-    try:
-      return np.asarray(handle.get_tensor(name))
-    except (safetensors.SafetensorError, TypeError) as e:
-      raise LmsptError(f'{file}: tensor {name!r} cannot be read ({e}); save it as float32, float16 or bfloat16') from e
+    if name not in files:
+      raise LmsptError(f'{paths[0]}: no tensor {name!r}; {nearest(name, files)}')
+    # Opened for each tensor: of a file that stays open all that was read stays mapped, a second copy of the model.
+    with _opened(files[name]) as file:
+      try:
+        return np.asarray(file.get_tensor(name))
+      except (safetensors.SafetensorError, TypeError) as e:
+        raise LmsptError(
+          f'{files[name]}: tensor {name!r} cannot be read ({e}); save it as float32, float16 or bfloat16'
+        ) from e
 
   def read(path: str) -> np.ndarray:
     return tensor(foreign_name(path, rules)).astype(np.float32, copy=False)
 
   def tower_sha256() -> str:
     digest = hashlib.sha256()
-    for name in sorted(name for name in handles if name.startswith(prefix)):
+    for name in sorted(name for name in files if name.startswith(prefix)):
       digest.update(name.removeprefix(prefix).encode())
       digest.update(np.ascontiguousarray(tensor(name)).view(np.uint8))
     return digest.hexdigest()
 
   tokenizer = folder / TOKENIZER
   digest = tower_sha256 if family.part else functools.partial(file_sha256, paths)
-  return WhisperSource(str(paths[0]), family.dims, handles.keys(), rules, read, digest,
+  return WhisperSource(str(paths[0]), family.dims, files.keys(), rules, read, digest,
                        tokenizer if tokenizer.is_file() else None)
+
+
+def _opened(path: Path) -> safetensors.safe_open:
+  try:
+    return safetensors.safe_open(path, framework='numpy')
+  except (OSError, safetensors.SafetensorError) as e:
+    raise LmsptError(f'{path}: cannot be read as safetensors ({e})') from e
 
 
 def _read_family(folder: Path) -> _Family:

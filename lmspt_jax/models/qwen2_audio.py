@@ -41,7 +41,8 @@ class Qwen2AudioEncoder(WhisperEncoder):
     """float32 log-mel [B, T, n_mels] at 100 Hz -> float32 [B, ceil(T / 2) // 2, width].
 
     A last position without a neighbour is left out, as the reference's pooling does. Crops and errors are as in
-    `WhisperEncoder`.
+    `WhisperEncoder`. The whole Qwen2-Audio masks the padding of a 30 s window; here a crop has none, and a padded
+    window attends to it as Whisper does.
     """
     x_BTD = self.hidden(mel_BTF)
     batch, positions, width = x_BTD.shape

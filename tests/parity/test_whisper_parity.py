@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -13,16 +12,18 @@ import jax.numpy as jnp
 import librosa
 import numpy as np
 import pytest
-import safetensors.numpy
 import soundfile
 import torch
 import whisper as openai_whisper
+from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperModel
 
 from lmspt_jax.audio import mel, stft
+from lmspt_jax.cli.main import main
 from lmspt_jax.convert import whisper as convert
 from lmspt_jax.convert.torch_zip import TorchFile
 from lmspt_jax.convert.whisper_names import HUGGING_FACE_NAMES
 from lmspt_jax.models import whisper
+from lmspt_jax.models.whisper_decoding import WhisperVocabulary, transcribe
 
 sys.path.insert(0, str(Path(__file__).parent))
 from _torch_reference import load_audiotools
@@ -103,32 +104,70 @@ def test_encoder_in_double_precision(tiny, reference, speech, monkeypatch):
   assert error <= 1e-10
 
 
-def test_three_formats_give_identical_parameters(tiny, reference, tmp_path):
-  torch.save(
-    {'dims': dataclasses.asdict(reference.dims), 'model_state_dict': reference.state_dict()}, tmp_path / 'a.pt'
-  )
-  folder = tmp_path / 'hf'
-  folder.mkdir()
-  tensors = {f'model.{k}': v for k, v in state_dict(tiny, HUGGING_FACE_NAMES).items()}
-  safetensors.numpy.save_file(tensors, folder / 'model.safetensors')
-  config = {
-    'model_type': 'whisper',
-    'num_mel_bins': 80,
-    'd_model': 384,
-    'encoder_layers': 4,
-    'decoder_layers': 4,
-    'encoder_attention_heads': 6,
-    'decoder_attention_heads': 6,
-    'vocab_size': 51864,
-    'max_source_positions': 1500,
-    'max_target_positions': 448,
-  }
-  (folder / 'config.json').write_text(json.dumps(config))
-  for uri in (f'openai:{tmp_path}/a.pt', f'hf:{folder}'):
+@pytest.fixture(scope='module')
+def openai_file(reference, tmp_path_factory) -> Path:
+  """tiny.en as openai-whisper saves its models."""
+  path = tmp_path_factory.mktemp('openai') / 'tiny.en.pt'
+  torch.save({'dims': dataclasses.asdict(reference.dims), 'model_state_dict': reference.state_dict()}, path)
+  return path
+
+
+@pytest.fixture(scope='module')
+def hugging_face_folder(tiny, tmp_path_factory) -> Path:
+  """tiny.en as `transformers` saves it."""
+  folder = tmp_path_factory.mktemp('transformers')
+  config = WhisperConfig(
+      num_mel_bins=80, d_model=384, encoder_layers=4, decoder_layers=4, encoder_attention_heads=6,
+      decoder_attention_heads=6, encoder_ffn_dim=1536, decoder_ffn_dim=1536, vocab_size=51864)
+  model = WhisperForConditionalGeneration(config)
+  tensors = {f'model.{name}': torch.from_numpy(value) for name, value in state_dict(tiny, HUGGING_FACE_NAMES).items()}
+  model.load_state_dict(tensors | {'proj_out.weight': tensors['model.decoder.embed_tokens.weight']}, strict=True)
+  model.save_pretrained(folder)
+  return folder
+
+
+def test_three_formats_give_identical_parameters_and_transcripts(
+    tiny, openai_file, hugging_face_folder, speech, tmp_path):
+  """CTranslate2, OpenAI and Hugging Face, and what `lmspt convert` makes of the first two."""
+  vocabulary = WhisperVocabulary.from_file(tiny.tokenizer_path)
+  expected = transcribe(tiny.dims, tiny.params, vocabulary, list(speech), batch_size=2)
+  assert all(len(text.split()) > 3 for text in expected), expected
+  uris = [f'openai:{openai_file}', f'hf:{hugging_face_folder}']
+  for source in ('package:tiny.en', uris[0]):
+    uris.append(f'hf:{tmp_path / str(len(uris))}')
+    assert main(['convert', f'--from={source}', f'--to={uris[-1]}']) == 0
+  for uri in uris:
     other = convert.load_whisper(uri, BOTH)
     assert other.dims == tiny.dims
     assert jax.tree.structure(other.params) == jax.tree.structure(tiny.params)
     assert jax.tree.all(jax.tree.map(np.array_equal, other.params, tiny.params)), uri
+    assert transcribe(other.dims, other.params, vocabulary, list(speech), batch_size=2) == expected
+
+
+@pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16'])
+def test_transformers_loads_what_convert_writes(tiny, openai_file, speech, tmp_path, dtype):
+  assert main(['convert', f'--from=openai:{openai_file}', f'--to=hf:{tmp_path}/hf', f'--dtype={dtype}']) == 0
+  model, report = WhisperForConditionalGeneration.from_pretrained(
+      tmp_path / 'hf', output_loading_info=True, dtype=torch.float32)
+  assert not any(report[kind] for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), report
+  assert model.config.dtype == torch.float32 and model.config.torch_dtype == torch.float32
+  ours = convert.load_whisper(f'hf:{tmp_path}/hf', BOTH)
+  mel_BTF = np.asarray(mel.log_mel_spectrogram(speech[:1], 80))
+  tokens = np.array([[50257, 50362, 770, 318, 257, 1332]], np.int32)
+  logits = jax.jit(lambda p, x, t: whisper.bind(whisper.Whisper, ours.dims, p)(x, t))(ours.params, mel_BTF, tokens)
+  inputs = torch.from_numpy(mel_BTF.swapaxes(1, 2).copy())
+  with torch.no_grad():
+    encoder = WhisperModel.from_pretrained(tmp_path / 'hf', dtype=torch.float32).eval().encoder
+    assert torch.equal(encoder(inputs).last_hidden_state, model.eval().model.encoder(inputs).last_hidden_state)
+    # transformers adds the positions of the file, in float16 rounded ones; here they are computed.
+    positions = torch.from_numpy(np.array(whisper.sinusoids(1500, 384)))
+    torch.testing.assert_close(model.model.encoder.embed_positions.weight, positions.to(getattr(torch, dtype)).float(),
+                               rtol=0, atol=0)
+    model.model.encoder.embed_positions.weight.copy_(positions)
+    expected = model(inputs, decoder_input_ids=torch.from_numpy(tokens).long()).logits.numpy()
+  error = np.abs(np.asarray(logits) - expected).max()
+  print(f'{dtype}: logits differ by {error:.1e} at most, at rms {np.sqrt((expected**2).mean()):.2f}')
+  assert error <= 1e-3
 
 
 def test_torch_files_of_other_layouts(tmp_path):
