@@ -71,7 +71,8 @@ def write_whisper_folder(uri: str, folder: str | Path, dtype: str = 'float32') -
       shutil.copyfile(source.tokenizer_path, beside / TOKENIZER)
     beside.replace(folder)
   except OSError as error:
-    raise LmsptError(f"{folder}: can't be written ({error.strerror}); give a place that exists and has room") from error
+    raise LmsptError(f"{folder}: can't be written ({error.strerror or error}); give a place that exists "
+                     'and has room') from error
   finally:
     shutil.rmtree(beside, ignore_errors=True)
 
