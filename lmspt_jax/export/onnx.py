@@ -9,12 +9,11 @@ Axes: B batch, C channels, T steps, K codebooks; of kernels K taps, I channels i
 
 from __future__ import annotations
 
-import functools
-import math
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from lmspt_jax.config import ModelConfig
@@ -83,15 +82,13 @@ def _decode(model: SpeechTokenizer) -> _Graph:
   ids = graph.add('Concat', 'ids', absent, axis=1)
   latent = graph.add('Add', _lookup(graph, ids, 0, model.semantic_quantizer),
                      _lookup(graph, ids, 1, model.acoustic_quantizer))
-  _decoder(graph, latent, model.decoder, config.hop)
+  _decoder(graph, latent, model.decoder)
   return graph.returning('audio', 'float32', ('batch', 'samples'))
 
 
 def _resynthesis(model: SpeechTokenizer) -> _Graph:
-  config = model.config
   graph = _Graph('ids', 'int32', ('batch', 'codebooks', 'frames'))
-  _decoder(graph, _lookup(graph, 'ids', 0, model.semantic_quantizer), model.resynthesis_decoder,
-           config.hop * config.resynthesis_sample_rate // config.sample_rate)
+  _decoder(graph, _lookup(graph, 'ids', 0, model.semantic_quantizer), model.resynthesis_decoder)
   return graph.returning('audio', 'float32', ('batch', 'samples'))
 
 
@@ -107,10 +104,10 @@ def _encoder(graph: _Graph, x: str, encoder: Encoder) -> str:
   return _conv(graph, _snake(graph, x, encoder.snake_out), encoder.conv_out)
 
 
-def _decoder(graph: _Graph, z_BTC: str, decoder: Decoder, hop: int) -> None:
-  """Ends in the output 'audio' [B, T * hop]."""
+def _decoder(graph: _Graph, z_BTC: str, decoder: Decoder) -> None:
+  """Ends in the output 'audio' [B, N], whole frames."""
   x = _conv(graph, graph.add('Transpose', z_BTC, perm=[0, 2, 1]), decoder.conv_in)
-  short = 0  # steps that odd rates have left out so far, whatever T is
+  short = 0  # steps that odd rates have left out so far; it does not depend on T
   for block in decoder.blocks:
     x = _upsample(graph, _snake(graph, x, block.snake), block.upsample)
     short = short * block.upsample.rate + sum(_trimmed(block.upsample)) - block.upsample.rate
@@ -118,7 +115,6 @@ def _decoder(graph: _Graph, z_BTC: str, decoder: Decoder, hop: int) -> None:
       x = _unit(graph, x, unit)
   x = graph.add('Tanh', _conv(graph, _snake(graph, x, decoder.snake_out), decoder.conv_out))
   x = graph.add('Squeeze', x, graph.array([1]))
-  assert short >= 0 and math.prod(block.upsample.rate for block in decoder.blocks) == hop
   graph.add('Pad', x, graph.array([0, 0, 0, short]), output='audio')
 
 
@@ -189,16 +185,13 @@ def _nearest(graph: _Graph, z_e: str, quantizer: VectorQuantizer) -> tuple[str, 
 
 
 def _finite_scalar(graph: _Graph, z_e: str, quantizer: FiniteScalarQuantizer) -> tuple[str, str]:
-  levels, basis = (np.asarray(value) for value in quantizer._constants())
-  half = graph.array((levels // 2).astype(np.float32))
-  reach = ((levels - 1) * (1 + 1e-3) / 2).astype(np.float32)
-  offset = np.where(levels % 2 == 0, 0.5, 0.0).astype(np.float32)
-  inner = graph.add('Tanh', graph.add('Add', z_e, graph.array(np.arctanh(offset / reach))))
+  (levels, basis), (reach, offset) = quantizer.radix(), quantizer.bounds()
+  half = graph.array(np.asarray(levels // 2, np.float32))
+  inner = graph.add('Tanh', graph.add('Add', z_e, graph.array(jnp.arctanh(offset / reach))))
   bounded = graph.add('Sub', graph.add('Mul', inner, graph.array(reach)), graph.array(offset))
-  whole = graph.add('Round', bounded)
+  whole = graph.add('Round', bounded)  # halves to even, as jnp.round
   digits = graph.cast(graph.add('Add', whole, half), 'int32')
-  codes = graph.add('ReduceSum', graph.add('Mul', digits, graph.array(basis.astype(np.int32))), graph.array([-1]),
-                    keepdims=0)
+  codes = graph.add('ReduceSum', graph.add('Mul', digits, graph.array(basis)), graph.array([-1]), keepdims=0)
   return codes, graph.add('Div', _straight_through(graph, bounded, whole), half)
 
 
@@ -213,11 +206,11 @@ def _lookup(graph: _Graph, ids_BKT: str, first: int, residual: ResidualQuantizer
   for row, quantizer in enumerate(residual.quantizers, first):
     codes = graph.add('Gather', ids_BKT, graph.array(np.int64(row)), axis=1)
     if isinstance(quantizer, FiniteScalarQuantizer):
-      levels, basis = (np.asarray(value).astype(np.int32) for value in quantizer._constants())
+      levels, basis = quantizer.radix()
       digits = graph.add('Div', graph.add('Unsqueeze', codes, graph.array([-1])), graph.array(basis))
       digits = graph.add('Mod', digits, graph.array(levels))
       steps = graph.cast(graph.add('Sub', digits, graph.array(levels // 2)), 'float32')
-      z_q = graph.add('Div', steps, graph.array((levels // 2).astype(np.float32)))
+      z_q = graph.add('Div', steps, graph.array(np.asarray(levels // 2, np.float32)))
     else:
       z_q = graph.add('Gather', graph.array(quantizer.codebook[...]), codes, axis=0)
     absent = graph.add('Unsqueeze', graph.add('Less', codes, graph.array(np.int32(0))), graph.array([-1]))
@@ -233,17 +226,12 @@ def _project(graph: _Graph, x_BTC: str, conv: Conv1d) -> str:
 # ---------------------------------------------------------------- writing
 
 
-@functools.cache
 def _onnx() -> Any:
-  """The package `onnx`.
-
-  Raises:
-    LmsptError: it is not installed.
-  """
+  """The package, which is an extra."""
   try:
     import onnx
   except ImportError as error:
-    raise LmsptError(f"ONNX needs the package onnx ({error}): pip install 'lmspt_jax[onnx]'") from error
+    raise LmsptError(f"ONNX files are written by the package onnx ({error}): pip install 'lmspt_jax[onnx]'") from error
   return onnx
 
 

@@ -100,25 +100,31 @@ class FiniteScalarQuantizer(nnx.Module):
     self.out_proj = Conv1d(config.dim, latent_dim, 1, rngs=rngs)
     self.levels = config.fsq_levels
 
-  def _constants(self) -> tuple[Array, Array]:
+  def radix(self) -> tuple[Int[Array, 'D'], Int[Array, 'D']]:
+    """(levels, basis): digit i of a code counts from 0 to levels[i] - 1 and weighs basis[i]."""
     levels = jnp.array(self.levels)
     basis = jnp.array([math.prod(self.levels[:i]) for i in range(len(self.levels))])
     return levels, basis
 
+  def bounds(self) -> tuple[Float[Array, 'D'], Float[Array, 'D']]:
+    """(reach, offset): before rounding a dimension is between -reach - offset and reach - offset.
+
+    The bound reaches just past the outermost level, so that every level is a rounding target (paper, appendix A).
+    """
+    levels, _ = self.radix()
+    return (levels - 1) * (1 + 1e-3) / 2, jnp.where(levels % 2 == 0, 0.5, 0.0)
+
   def lookup(self, codes_BT: Int[Array, 'B T']) -> Float[Array, 'B T C']:
     """Codes to latents."""
-    levels, basis = self._constants()
+    levels, basis = self.radix()
     half = levels // 2
     digits = (codes_BT[..., None] // basis) % levels
     return self.out_proj((digits - half) / half.astype(jnp.float32))
 
   def __call__(self, z_BTC: Float[Array, 'B T C']) -> tuple[Array, Array, Array, Array, Array]:
     """As `VectorQuantizer.__call__`; both losses are 0."""
-    levels, basis = self._constants()
+    (levels, basis), (reach, offset) = self.radix(), self.bounds()
     z_e = self.in_proj(z_BTC)
-    # The bound reaches just past the outermost level, so that every level is a rounding target (paper, appendix A).
-    reach = (levels - 1) * (1 + 1e-3) / 2
-    offset = jnp.where(levels % 2 == 0, 0.5, 0.0)
     bounded = jnp.tanh(z_e + jnp.arctanh(offset / reach)) * reach - offset
     whole = jnp.round(bounded)
     half = levels // 2
