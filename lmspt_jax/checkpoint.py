@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
+import math
 import os
 import re
 import sys
@@ -24,11 +25,18 @@ import jax
 from orbax.checkpoint import v1 as ocp
 
 from lmspt_jax.config import ExperimentConfig, from_dict
-from lmspt_jax.errors import Interrupted, LmsptError
+from lmspt_jax.errors import Interrupted, LmsptError, shown
+from lmspt_jax.files import read_json
 from lmspt_jax.models.tokenizer import SpeechTokenizer, abstract_tokenizer, merge_tokenizer
 
 FOLDER = 'checkpoints'
 FORMAT = 2  # raised when the state's layout changes
+_STEP_METADATA = '_CHECKPOINT_METADATA'  # Orbax's file
+_ARRAYS = 'd'  # folders of arrays; other files of a checkpoint are of text, or list what is in those
+_MAX_METADATA = 16 << 20  # bytes of such a file
+_MAX_RATIO = 100  # of arrays to their compressed files; parameters hardly shrink
+# What Orbax raises, besides OSError, for files that are not as it writes them.
+_DAMAGE = (KeyError, ValueError, TypeError, AttributeError, RecursionError)
 _LISTEN = 1.0  # seconds between two looks at a save in the background
 # What tensorstore prefixes its ValueErrors with when it is the store that fails.
 _STORE_FAULT = re.compile('(RESOURCE_EXHAUSTED|OUT_OF_RANGE|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|UNAVAILABLE|'
@@ -64,11 +72,16 @@ class CheckpointStore:
     folder = Path(workdir).absolute() / FOLDER
     try:
       folder.mkdir(parents=True, exist_ok=True)
+      for path in folder.glob(f'[0-9]*/{_STEP_METADATA}'):  # of every step, and read at once
+        read_json(path)
       self._checkpointer = training.Checkpointer(
           folder, preservation_policy=policy, cleanup_tmp_directories=keep is not None,
           save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1), context=context)
     except OSError as error:
       raise LmsptError(f'{folder}: can\'t be used ({error.strerror}); give a --workdir that you own') from error
+    except _DAMAGE as error:
+      raise LmsptError(f'{folder}: the {_STEP_METADATA} of a checkpoint in it can\'t be read ({error}); delete that '
+                       'checkpoint') from error
     self._saving: int | None = None  # step
     self._failed = False
     self._alarm = alarm
@@ -129,9 +142,10 @@ class CheckpointStore:
     """
     with _reading(self._folder(step)):
       record = self._checkpointer.load_checkpointables(step, {'record': None})['record']
-    if record.get('format') != FORMAT:
-      raise LmsptError(f'{self._folder(step)}: checkpoint format {record.get("format")!r}, this '
-                       f'version reads {FORMAT}; use the lmspt_jax that wrote it')
+    found = record.get('format') if isinstance(record, dict) else None
+    if found != FORMAT:
+      raise LmsptError(f'{self._folder(step)}: checkpoint format {shown(found)}, this version reads {FORMAT}; use the '
+                       'lmspt_jax that wrote it')
     return record
 
   def wait(self) -> None:
@@ -230,10 +244,21 @@ def _hear_once() -> None:
 
 @contextlib.contextmanager
 def _reading(folder: Path) -> Iterator[None]:
-  """What Orbax raises for files that are missing, cut short or of other arrays, as one line."""
+  """What Orbax raises for files that are missing, cut short or of other arrays, as one line.
+
+  It opens whatever lies in the folder and takes a file of text for as long as it is, so that is looked at first.
+  """
+  for where, folders, files in os.walk(folder):
+    for name in files + [name for name in folders if Path(where, name).is_symlink()]:
+      path = Path(where, name)
+      if not path.is_file():
+        raise LmsptError(f'{path}: not a plain file; delete {folder} to go on from the checkpoint before it')
+      if Path(where).name != _ARRAYS and path.stat().st_size > _MAX_METADATA:
+        raise LmsptError(f'{path}: {path.stat().st_size} bytes, more than a checkpoint has there; delete {folder} to '
+                         'go on from the checkpoint before it')
   try:
     yield
-  except (KeyError, ValueError, OSError) as error:
+  except (OSError, *_DAMAGE) as error:
     raise LmsptError(f'{folder}: can\'t be read, so it is damaged or of another version of lmspt_jax; delete it to go '
                      'on from the checkpoint before it') from error
 
@@ -272,7 +297,8 @@ class SavedRun:
   teacher_id: str
 
   def restore(self, abstract_state: dict[str, Any]) -> dict[str, Any]:
-    """Some parts of the state, on the shardings of `abstract_state`; the others stay on disk."""
+    """Some parts of the state, on the shardings of `abstract_state`; the others stay on disk. Raises LmsptError."""
+    _check_shapes(self.folder, abstract_state, _stored_shapes(self.folder))
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context, _reading(self.folder):
@@ -294,8 +320,17 @@ def saved_run(workdir: str | Path) -> SavedRun:
     if step is None:
       raise LmsptError(f'{workdir}: no checkpoint yet; train longer, or lower train.checkpoint_every')
     record = store.record(step)
+    for name, kind in (('config', dict), ('teacher_id', str)):
+      if not isinstance(record.get(name), kind):
+        raise LmsptError(f'{workdir / FOLDER / str(step)}: its record has {name} = {shown(record.get(name))}, so it is '
+                         'damaged; delete it to go back to the checkpoint before it')
     config = from_dict(ExperimentConfig, record['config']).check()
-    return SavedRun(workdir.absolute() / FOLDER / str(step), step, config, record['teacher_id'])
+    folder = workdir.absolute() / FOLDER / str(step)
+    arrays = len(_stored_shapes(folder))
+    if config.model.num_residual_units * 8 > arrays:  # or building the model could take hours
+      raise LmsptError(f'{folder}: {arrays} arrays, too few for {config.model.num_residual_units} residual units '
+                       'of its config, so it is damaged; delete it to go back to the checkpoint before it')
+    return SavedRun(folder, step, config, record['teacher_id'])
   finally:
     store.close()
 
@@ -323,3 +358,27 @@ def restore_for_inference(workdir: str | Path, average: bool = True) -> Restored
   else:
     found = state['generator']['tokenizer'], state['codebooks']
   return RestoredModel(run.config, *found, run.step, run.teacher_id)
+
+
+def _stored_shapes(folder: Path) -> dict[str, tuple[int, ...] | None]:
+  """'average/params/...' -> shape of every array of a checkpoint's state; no array is read."""
+  with _context(), _reading(folder):
+    found = ocp.checkpointables_metadata(folder).metadata.get('state')
+  return {_name(path): getattr(leaf, 'shape', None) for path, leaf in jax.tree_util.tree_leaves_with_path(found)}
+
+
+def _check_shapes(folder: Path, wanted: Any, stored: dict[str, tuple[int, ...] | None]) -> None:
+  """Before anything is allocated: the arrays are there and of these shapes, and the files could hold them."""
+  size = 0
+  for path, leaf in jax.tree_util.tree_leaves_with_path(wanted):
+    if stored.get(_name(path)) != leaf.shape:
+      raise LmsptError(f'{folder}: its array {_name(path)} has shape {shown(stored.get(_name(path)))}, by its config '
+                       f'{leaf.shape}, so it is damaged; delete it to go back to the checkpoint before it')
+    size += math.prod(leaf.shape) * leaf.dtype.itemsize
+  files = sum(path.stat().st_size for path in folder.rglob('*') if path.is_file())
+  if size > _MAX_RATIO * files:
+    raise LmsptError(f'{folder}: arrays of {size} bytes in files of {files}, which no training writes; get it again')
+
+
+def _name(path: Any) -> str:
+  return jax.tree_util.keystr(path, simple=True, separator='/')

@@ -125,7 +125,7 @@ def test_batch_not_divisible_by_the_devices(config_file, repo, tmp_path):
     (['mesh.data=-1', 'mesh.fsdp=-1'], ["'fsdp': -1", 'one of them may be -1']),
     (['data.crop_seconds=30.05'], ['data.crop_seconds = 30.05', 'at most 30 s', 'use less']),
     (['data.held_out=package:speech_sample', 'train.eval_seconds=31'], ['train.eval_seconds = 31', 'at most 30 s']),
-    (['teacher.checkpoint=hf:absent'], ['absent/config.json', 'No such file']),
+    (['teacher.checkpoint=hf:absent'], ['absent/config.json', 'no such file']),
 ])
 def test_what_does_not_fit(refused, overrides, words):
   refused(overrides, *words)

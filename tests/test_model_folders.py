@@ -240,12 +240,15 @@ def change(field, value):
     (change('version', 2), 'version = 2: this lmspt_jax reads 1'), (change('export', 'onnx'), 'an export to onnx'),
     (change('license', None), 'license = None'), (change('step', True), 'step = True'),
     (change('model', {'hops': 1}), 'unknown config field hops'), (change('quirks', []), r'quirks = \[\]'),
+    (change('data', [{'uri': 'a'}]), 'where a corpus has uri'), (change('data', [3]), 'data has 3'),
+    (change('data', [{'uri': 'a', 'split': '', 'where': '', 'hours': 'x'}]), 'hours are numbers'),
+    (change('metrics', {'held_out/mel': '1'}), "metrics has 'held_out/mel' = '1'"),
     (lambda folder: (folder / 'config.json').write_text('{'), 'config.json: not JSON'),
     (lambda folder: (folder / 'config.json').write_bytes(b'\xff'), 'config.json: not JSON'),
-    (lambda folder: (folder / 'config.json').write_text(' ' * (1 << 20) + '{}'), '1048578 bytes: not a model'),
-    (lambda folder: (folder / 'SHA256SUMS').unlink(), "SHA256SUMS: can't be read"),
+    (lambda folder: (folder / 'config.json').write_text(' ' * (1 << 20) + '{}'), 'more than 1048576 bytes'),
+    (lambda folder: (folder / 'SHA256SUMS').unlink(), 'SHA256SUMS: no such file'),
     (lambda folder: (folder / 'SHA256SUMS').write_text('\n\n'), 'SHA256SUMS says None'),
-    (lambda folder: (folder / 'model.safetensors').unlink(), "can't be read"),
+    (lambda folder: (folder / 'model.safetensors').unlink(), 'model.safetensors: no such file'),
     (lambda folder: os.truncate(folder / 'model.safetensors', 5000), 'model.safetensors: sha256 is')])
 def test_a_damaged_folder_is_one_line(copy, damage, words):
   damage(copy)

@@ -16,9 +16,15 @@ import jiwer
 import ml_dtypes
 import numpy as np
 import pytest
-import safetensors.numpy
 import soundfile
-from _whisper_arrays import named_arrays
+from _whisper_files import (
+  SMALL,
+  ctranslate2_variables,
+  named,
+  small_params,
+  write_ctranslate2,
+  write_hugging_face,
+)
 from flax import nnx
 from whisper_normalizer.english import EnglishTextNormalizer
 
@@ -26,15 +32,12 @@ from lmspt_jax.audio.mel import log_mel_spectrogram
 from lmspt_jax.convert import whisper as convert
 from lmspt_jax.convert.ctranslate2 import CTranslate2File
 from lmspt_jax.convert.whisper_files import PACKAGES, PackagedWeights
-from lmspt_jax.convert.whisper_names import CTRANSLATE2_NAMES, HUGGING_FACE_NAMES, foreign_layout, foreign_name
+from lmspt_jax.convert.whisper_names import HUGGING_FACE_NAMES
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.models import whisper
 from lmspt_jax.models.whisper_decoding import WhisperVocabulary, transcribe
 
 SAMPLE = Path(__file__).parents[1] / 'lmspt_jax/assets/speech_sample'
-SMALL = whisper.WhisperDims(
-  n_mels=8, width=16, heads=2, audio_layers=2, text_layers=1, vocab_size=40, audio_context=10, text_context=12
-)
 
 
 @pytest.fixture(scope='module')
@@ -141,71 +144,6 @@ def test_bind_works_without_graph_mode_and_refuses_other_parameters():
 # ---------------------------------------------------------------- files in every format
 
 
-def _params(dims=SMALL):
-  params = nnx.to_pure_dict(nnx.state(whisper.Whisper(dims, rngs=nnx.Rngs(3))))
-  # Noise everywhere: fresh biases and scales are all equal and would hide a mix-up.
-  leaves, treedef = jax.tree.flatten(params)
-  rng = np.random.default_rng(0)
-  return jax.tree.unflatten(treedef, [rng.standard_normal(leaf.shape).astype(np.float32) for leaf in leaves])
-
-
-def _named(params, rules, dims=SMALL):
-  """A foreign state dict: parameters under a format's names and in its layout, with the encoder's positions."""
-  out = {}
-  for path, value in named_arrays(params):
-    out[foreign_name(path, rules)] = np.ascontiguousarray(foreign_layout(path, value))
-  out[foreign_name('encoder/positions', rules)] = whisper.sinusoids(dims.audio_context, dims.width)
-  return out
-
-
-def _ctranslate2_variables(params):
-  fused = {}
-  for path, value in named_arrays(params):
-    name = foreign_name(path, CTRANSLATE2_NAMES)
-    order = next((i for i, p in enumerate(('/query/', '/key/', '/value/')) if p in path), 0)
-    fused.setdefault(name, {})[order] = foreign_layout(path, value)
-  for name, rows in fused.items():
-    if name.endswith('bias') and 2 in rows:
-      rows[1] = np.zeros_like(rows[2])  # keys have no bias
-  out = {name: np.concatenate([rows[i] for i in sorted(rows)]) for name, rows in fused.items()}
-  out['encoder/position_encodings/encodings'] = whisper.sinusoids(SMALL.audio_context, SMALL.width)
-  out['encoder/num_heads'] = out['decoder/num_heads'] = np.int16(SMALL.heads)
-  return out
-
-
-def _write_ctranslate2(path, variables, aliases=(), spec='WhisperSpec', version=6):
-  codes = {np.dtype(t): i for i, t in enumerate(('f4', 'i1', 'i2', 'i4', 'f2', ml_dtypes.bfloat16))}
-  text = lambda s: struct.pack('<H', len(s) + 1) + s.encode() + b'\0'
-  out = [struct.pack('<I', version), text(spec), struct.pack('<II', 3, len(variables))]
-  for name, value in variables.items():
-    value = np.asarray(value)
-    out += [text(name), struct.pack(f'<B{value.ndim}I', value.ndim, *value.shape)]
-    out += [struct.pack('<BI', codes[value.dtype], value.nbytes), value.tobytes()]
-  out += [struct.pack('<I', len(aliases)), *(text(part) for alias in aliases for part in alias)]
-  path.write_bytes(b''.join(out))
-  return path
-
-
-def _write_hugging_face(folder, tensors, shards=1, prefix='', **changes):
-  folder.mkdir()
-  config = {
-    'model_type': 'whisper', 'num_mel_bins': 8, 'd_model': 16, 'encoder_layers': 2, 'decoder_layers': 1,
-    'vocab_size': 40, 'max_source_positions': 10, 'max_target_positions': 12, 'encoder_attention_heads': 2,
-    'decoder_attention_heads': 2,
-  }  # fmt: skip
-  (folder / 'config.json').write_text(json.dumps(config | changes))
-  names = sorted(tensors)
-  if shards == 1:
-    safetensors.numpy.save_file({prefix + n: tensors[n] for n in names}, folder / 'model.safetensors')
-    return folder
-  files = [f'model-{i + 1:05}-of-{shards:05}.safetensors' for i in range(shards)]
-  for i, file in enumerate(files):
-    safetensors.numpy.save_file({prefix + n: tensors[n] for n in names[i::shards]}, folder / file)
-  weight_map = {prefix + n: files[i % shards] for i, n in enumerate(names)}
-  (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': weight_map}))
-  return folder
-
-
 def _assert_same(checkpoint, params, **tolerance):
   assert checkpoint.dims == SMALL and jax.tree.structure(checkpoint.params) == jax.tree.structure(params)
   jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, **(tolerance or {'rtol': 0})), checkpoint.params, params)
@@ -213,18 +151,18 @@ def _assert_same(checkpoint, params, **tolerance):
 
 
 def test_ctranslate2_dtypes_and_aliases(tmp_path):
-  params = _params()
-  variables = _ctranslate2_variables(params)
+  params = small_params()
+  variables = ctranslate2_variables(params)
   aliases = [('decoder/projection/weight', 'decoder/embeddings/weight')]
   both = ('encoder', 'decoder')
-  path = _write_ctranslate2(tmp_path / 'model.bin', variables, aliases)
+  path = write_ctranslate2(tmp_path / 'model.bin', variables, aliases)
   _assert_same(convert.load_whisper(f'ctranslate2:{tmp_path}', both), params)
   assert np.array_equal(
     CTranslate2File(path).tensor('decoder/projection/weight'), params['decoder']['embedding']['embedding']
   )
   for dtype, tolerance in ((np.float16, 2e-3), (ml_dtypes.bfloat16, 1e-2)):
     cast = {name: value.astype(dtype) if value.ndim else value for name, value in variables.items()}
-    path = _write_ctranslate2(tmp_path / 'cast.bin', cast)
+    path = write_ctranslate2(tmp_path / 'cast.bin', cast)
     _assert_same(convert.load_whisper(f'ctranslate2:{path}', both), params, rtol=tolerance, atol=1e-6)
   int8 = {}
   for name, value in variables.items():
@@ -233,21 +171,21 @@ def test_ctranslate2_dtypes_and_aliases(tmp_path):
       int8[name], int8[f'{name}_scale'] = np.round(value * scale[:, None]).astype(np.int8), scale
     else:
       int8[name] = value
-  path = _write_ctranslate2(tmp_path / 'int8.bin', int8)
+  path = write_ctranslate2(tmp_path / 'int8.bin', int8)
   _assert_same(convert.load_whisper(f'ctranslate2:{path}', both), params, atol=0.02)
 
 
 @pytest.mark.parametrize(('shards', 'prefix'), [(1, ''), (3, 'model.')])
 def test_hugging_face_single_and_indexed(tmp_path, shards, prefix):
-  params = _params()
-  tensors = _named(params, HUGGING_FACE_NAMES)
-  folder = _write_hugging_face(tmp_path / 'hf', tensors, shards, prefix)
+  params = small_params()
+  tensors = named(params, HUGGING_FACE_NAMES)
+  folder = write_hugging_face(tmp_path / 'hf', tensors, shards, prefix)
   (folder / 'tokenizer.json').write_text('{}')
   checkpoint = convert.load_whisper(f'hf:{folder}', ('encoder', 'decoder'))
   _assert_same(checkpoint, params)
   assert checkpoint.tokenizer_path == folder / 'tokenizer.json' and len(checkpoint.sha256) == 64
   half = {name: value.astype(ml_dtypes.bfloat16) for name, value in tensors.items()}
-  folder = _write_hugging_face(tmp_path / 'bf16', half, shards, prefix)
+  folder = write_hugging_face(tmp_path / 'bf16', half, shards, prefix)
   _assert_same(convert.load_whisper(f'hf:{folder}', ('encoder', 'decoder')), params, rtol=1e-2)
 
 
@@ -274,7 +212,7 @@ def test_uri_faults(tmp_path, monkeypatch):
   _line('tiny.en', "'tiny.en'", 'package:NAME')
   _line('package:tiny', "package:tiny: did you mean 'tiny.en'?")
   _line(f'ctranslate2:{tmp_path}', 'model.bin: no such file')
-  _line(f'hf:{tmp_path}', 'config.json: cannot be read')
+  _line(f'hf:{tmp_path}', 'config.json: no such file')
   _line(f'openai:{tmp_path}/a.pt', 'a.pt: no such file')
   with monkeypatch.context() as patch:
     find_spec = importlib.util.find_spec
@@ -297,7 +235,7 @@ def test_another_version_of_the_package_is_refused(monkeypatch):
 
 
 def test_every_truncation_of_a_ctranslate2_file_is_one_line(tmp_path):
-  whole = _write_ctranslate2(tmp_path / 'model.bin', _ctranslate2_variables(_params())).read_bytes()
+  whole = write_ctranslate2(tmp_path / 'model.bin', ctranslate2_variables(small_params())).read_bytes()
   CTranslate2File(tmp_path / 'model.bin')
   cut = tmp_path / 'cut.bin'
   for size in [*range(0, 400), *range(400, len(whole), 97), len(whole) - 1]:
@@ -311,8 +249,8 @@ def test_every_truncation_of_a_ctranslate2_file_is_one_line(tmp_path):
 
 def test_hostile_ctranslate2_files(tmp_path):
   path = tmp_path / 'model.bin'
-  variables = _ctranslate2_variables(_params())
-  good = _write_ctranslate2(path, variables).read_bytes()
+  variables = ctranslate2_variables(small_params())
+  good = write_ctranslate2(path, variables).read_bytes()
 
   def damaged(old, new, *words):
     assert good.count(old) >= 1
@@ -332,38 +270,42 @@ def test_hostile_ctranslate2_files(tmp_path):
   zero = dict(variables)
   zero['encoder/layer_0/ffn/linear_0/weight'] = np.ones((64, 16), np.int8)
   zero['encoder/layer_0/ffn/linear_0/weight_scale'] = np.zeros(64, np.float32)
-  _write_ctranslate2(path, zero)
+  write_ctranslate2(path, zero)
   _line(f'ctranslate2:{path}', 'weight_scale', 'zero')
   del zero['encoder/layer_0/ffn/linear_0/weight_scale']
-  _write_ctranslate2(path, zero)
+  write_ctranslate2(path, zero)
   _line(f'ctranslate2:{path}', 'no variable', 'weight_scale')
-  _write_ctranslate2(path, variables, [('a', 'not/there')])
+  write_ctranslate2(path, variables, [('a', 'not/there')])
   _line(f'ctranslate2:{path}', "alias 'a'")
-  _write_ctranslate2(path, variables | {'encoder/layer_1/ffn/linear_1/bias': np.full(16, np.nan, np.float32)})
+  write_ctranslate2(path, variables | {'encoder/layer_1/ffn/linear_1/bias': np.full(16, np.nan, np.float32)})
   _line(f'ctranslate2:{path}', 'encoder/layer_1/ffn/linear_1/bias', 'not finite')
-  _write_ctranslate2(path, variables | {'decoder/num_heads': np.int16(3)})
+  write_ctranslate2(path, variables | {'decoder/num_heads': np.int16(3)})
   _line(f'ctranslate2:{path}', 'heads')
   learnt = np.random.default_rng(0).standard_normal((10, 16)).astype(np.float32)
-  _write_ctranslate2(path, variables | {'encoder/position_encodings/encodings': learnt})
+  write_ctranslate2(path, variables | {'encoder/position_encodings/encodings': learnt})
   _line(f'ctranslate2:{path}', 'sinusoids')
 
 
 def test_hugging_face_faults(tmp_path):
-  tensors = _named(_params(), HUGGING_FACE_NAMES)
+  tensors = named(small_params(), HUGGING_FACE_NAMES)
   cases = {
     'other': (tensors, {'model_type': 'bert'}, "model_type = 'bert'"),
     'string': (tensors, {'d_model': '16'}, "width = '16'"),
     'layers': (tensors, {'encoder_layers': 1}, 'says 1 encoder layers but holds more'),
-    'missing': (tensors, {'encoder_layers': 3}, "no tensor 'encoder.layers.2"),
-    'huge': (tensors, {'max_source_positions': 900_000}, '[10, 16] where the dimensions say [900000, 16]'),
+    'missing': (tensors, {'encoder_layers': 3}, "no tensor 'encoder.layers.2.final_layer_norm.weight'"),
+    'other length': (tensors, {'max_source_positions': 11}, '[10, 16] where the dimensions say [11, 16]'),
+    'huge': (tensors, {'max_source_positions': 900_000}, 'dimensions for 14407296 parameters or more'),
+    'many': (tensors, {'vocab_size': 1_000_000}, 'decoder dimensions for'),
+    'deep': (tensors, {'decoder_layers': 10**9}, 'text_layers = 1000000000'),
+    'digits': (tensors, {'d_model': 10**4000}, 'width = 1000'),
     'width': (tensors, {'d_model': 32}, 'where the dimensions say'),
   }
   for name, (given, changes, words) in cases.items():
-    _line(f'hf:{_write_hugging_face(tmp_path / name, given, **changes)}', words)
-  folder = _write_hugging_face(tmp_path / 'cut', tensors)
+    _line(f'hf:{write_hugging_face(tmp_path / name, given, **changes)}', words)
+  folder = write_hugging_face(tmp_path / 'cut', tensors)
   (folder / 'model.safetensors').write_bytes((folder / 'model.safetensors').read_bytes()[:-10])
   _line(f'hf:{folder}', 'cannot be read as safetensors')
-  folder = _write_hugging_face(tmp_path / 'outside', tensors, shards=2)
+  folder = write_hugging_face(tmp_path / 'outside', tensors, shards=2)
   (folder / 'model.safetensors.index.json').write_text(json.dumps({'weight_map': {'a': '../cut/model.safetensors'}}))
   _line(f'hf:{folder}', 'not a file of this folder')
 
@@ -383,12 +325,22 @@ def test_an_openai_file_never_runs_its_pickle(tmp_path, monkeypatch):
   write(pickle.dumps({'dims': _Payload()}))
   _line('openai:model.pt', 'model.pt', 'it names pathlib', 'nothing of it was run')
   assert not Path('ran').exists()
-  write(b'cbuiltins\neval\n(S"1"\ntR.')
-  _line('openai:model.pt', 'it names builtins.eval')
-  write(b'ctorch._utils\n_rebuild_tensor_v2\n(I1\nI2\n(I2\nt(I1\nttR.')
-  _line('openai:model.pt', 'a tensor without a storage')
-  write(b'ctorch._utils\n_rebuild_tensor_v2\n}S"__class__"\nI1\nsb.')
-  _line('openai:model.pt', 'state set on a stand-in')
+  for content, words in (
+    (b'cbuiltins\neval\n(X\1\0\0\0001tR.', 'it names builtins.eval'),
+    (b'ctorch._utils\n_rebuild_tensor_v2\n(K\1K\2(K\2t(K\1ttR.', 'a tensor without a storage'),
+    (b'ctorch._utils\n_rebuild_tensor_v2\n}X\1\0\0\0aK\1sb.', 'state set on what is no dictionary'),
+    (b'(i__main__\nx\n.', 'the operation INST'),
+    (b'\x82\1.', 'the operation EXT1'),
+    (b'Nr\xff\xff\xff\x7f.', "no 'dims'"),  # a place past 2^31 to keep a value: Python's reader would take 34 GB
+    (b'\x8e' + struct.pack('<Q', 1 << 40) + b'.', 'bytes'),
+    (b'}' * 500_000 + b'.', 'more than 400000 operations'),
+    # A key whose hash would end the process.
+    (b'}N' + b'\x85' * 90_000 + b'Ns.', 'entries of what is no dictionary of texts'),
+    # 2^90 values, were they written out.
+    (b'}(X\4\0\0\0dims}X\6\0\0\0n_melsN' + b'q\0h\0\x86' * 90 + b'sX\x10\0\0\0model_state_dict}u.', 'n_mels = (('),
+  ):
+    write(content)
+    _line('openai:model.pt', words)
   write(pickle.dumps({'dims': {}})[:-3])
   _line('openai:model.pt', 'nothing of it was run')
   write(pickle.dumps({'dims': 0}))
@@ -400,7 +352,7 @@ def test_an_openai_file_never_runs_its_pickle(tmp_path, monkeypatch):
 
 
 def test_vocabulary_faults(tmp_path):
-  for content, words in (('{', 'not a tokenizer.json'), ('{"model": {"type": "WordPiece"}}', "'WordPiece'")):
+  for content, words in (('{', 'not JSON'), ('{"model": {"type": "WordPiece"}}', "'WordPiece'")):
     (tmp_path / 'tokenizer.json').write_text(content)
     with pytest.raises(LmsptError, match=words):
       WhisperVocabulary.from_file(tmp_path / 'tokenizer.json')

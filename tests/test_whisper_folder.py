@@ -95,7 +95,8 @@ def test_what_can_not_be(tmp_path, capsys, tiny_run):
   whisper = f'--from=hf:{source}'
   release = f'--to=release:{tmp_path / "x.safetensors"}'
   assert _line(capsys, '--from=openai:a.pt', release).endswith('a Whisper (openai:) is written to hf:PATH')
-  assert _line(capsys, f'--from=run:{tiny_run}', target).endswith('a tokenizer (run:) is written to release:PATH')
+  assert _line(capsys, f'--from=run:{tiny_run}', target).endswith(
+      'a tokenizer (run:) is written to release:PATH or folder:PATH')
   assert '--to=openai:a.pt: use ' in _line(capsys, whisper, '--to=openai:a.pt')
   assert '--from=hf: use ' in _line(capsys, '--from=hf', target)
   assert _line(capsys, whisper, '--to=hf://org/name').startswith('--to=hf://org/name: nothing is written to the hub')
@@ -103,7 +104,7 @@ def test_what_can_not_be(tmp_path, capsys, tiny_run):
   assert '--model-config=a.py: a Whisper' in _line(capsys, whisper, target, '--model-config=a.py')
   tower = write_tower(tmp_path / 'tower')
   assert f'hf:{tower}: the audio tower' in _line(capsys, f'--from=hf:{tower}', target)
-  assert _line(capsys, '--from=openai:absent.pt', target) == 'absent.pt: no such file'
+  assert _line(capsys, '--from=openai:absent.pt', target) == 'absent.pt: no such file; check the path'
   assert f'{source}: is there already' in _line(capsys, whisper, f'--to=hf:{source}')
   (tmp_path / 'file').touch()
   assert "can't be written (Not a directory)" in _line(capsys, whisper, f'--to=hf:{tmp_path / "file" / "new"}')

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
   try:
     return _run(list(sys.argv[1:] if argv is None else argv))
   except LmsptError as error:
-    print(f'lmspt: error: {" ".join(str(error).split())}', file=sys.stderr)
+    print(f'lmspt: error: {error}', file=sys.stderr)
     return EXIT_USAGE if isinstance(error, UsageError) else EXIT_FAULT
   except OSError as error:
     if error.errno not in _NO_ROOM:

@@ -7,6 +7,14 @@ from dataclasses import dataclass
 
 from lmspt_jax.config.checks import require
 
+# Bounds far past any model of this kind: a config may come with a stranger's file, and building it must cost little.
+MAX_BLOCKS = 16  # of a codec; and residual units of a block
+MAX_FACTOR = 1 << 12  # a stride, a rate or a dilation
+MAX_CHANNELS = 1 << 20
+MAX_CODEBOOKS = 64
+MAX_CODES = 1 << 24  # of a codebook
+MAX_RATE = 768_000  # Hz
+
 
 @dataclass(frozen=True)
 class QuantizerConfig:
@@ -43,11 +51,15 @@ class QuantizerConfig:
 
   def check(self, name: str) -> None:
     require(self.kind in ('vq', 'ema', 'fsq'), f'{name}.kind', self.kind, "use 'vq', 'ema' or 'fsq'")
-    require(self.num_codebooks >= 1, f'{name}.num_codebooks', self.num_codebooks, 'use at least 1')
+    require(1 <= self.num_codebooks <= MAX_CODEBOOKS, f'{name}.num_codebooks', self.num_codebooks,
+             f'use 1 to {MAX_CODEBOOKS}')
     require(self.kind != 'fsq' or self.num_codebooks == 1, f'{name}.num_codebooks', self.num_codebooks,
              'fsq has one codebook')
     require(0.0 <= self.dropout <= 1.0, f'{name}.dropout', self.dropout, 'use a share in [0, 1]')
-    require(self.size >= 2, f'{name}.codebook_size', self.size, 'use at least 2')
+    require(len(self.fsq_levels) <= MAX_BLOCKS and all(1 <= level <= MAX_CODES for level in self.fsq_levels),
+             f'{name}.fsq_levels', self.fsq_levels, f'give at most {MAX_BLOCKS} positive numbers')
+    require(2 <= self.size <= MAX_CODES, f'{name}.codebook_size', self.size, f'use 2 to {MAX_CODES}')
+    require(1 <= self.dim <= MAX_CHANNELS, f'{name}.code_dim', self.dim, f'use 1 to {MAX_CHANNELS}')
     require(self.revive_every >= 1, f'{name}.revive_every', self.revive_every, 'use at least 1 step')
 
 
@@ -91,6 +103,11 @@ class ModelConfig:
     return tuple(q.size for q in (self.semantic, self.acoustic) for _ in range(q.num_codebooks))
 
   @property
+  def num_residual_units(self) -> int:
+    """Of one encoder and the decoders. Each has eight arrays: two convolutions with three, two snakes with one."""
+    return len(self.dilations) * sum(map(len, (self.encoder_strides, self.decoder_rates, self.resynthesis_rates)))
+
+  @property
   def bitrate(self) -> float:
     """Bits per second of all codebooks, if every code were equally likely."""
     return self.frame_rate * sum(map(math.log2, self.codebook_sizes))
@@ -100,6 +117,16 @@ class ModelConfig:
     return -(-num_samples // self.hop)
 
   def check(self, name: str = 'model') -> None:
+    for key in ('sample_rate', 'resynthesis_sample_rate'):
+      require(1 <= getattr(self, key) <= MAX_RATE, f'{name}.{key}', getattr(self, key), f'use 1 to {MAX_RATE} Hz')
+    for key in ('encoder_strides', 'decoder_rates', 'resynthesis_rates', 'dilations'):
+      values = getattr(self, key)
+      require(len(values) <= MAX_BLOCKS and all(1 <= value <= MAX_FACTOR for value in values), f'{name}.{key}', values,
+               f'give at most {MAX_BLOCKS} numbers, each 1 to {MAX_FACTOR}')
+    for key, doubled in (('encoder_channels', len(self.encoder_strides)), ('decoder_channels', 0),
+                         ('resynthesis_channels', 0), ('latent_dim', 0)):
+      require(1 <= getattr(self, key) <= MAX_CHANNELS >> doubled, f'{name}.{key}', getattr(self, key),
+               f'use 1 to {MAX_CHANNELS >> doubled}')
     self.semantic.check(f'{name}.semantic')
     self.acoustic.check(f'{name}.acoustic')
     require(self.semantic.num_codebooks == 1, f'{name}.semantic.num_codebooks', self.semantic.num_codebooks,

@@ -20,6 +20,7 @@ import ml_dtypes
 import numpy as np
 
 from lmspt_jax.errors import LmsptError, nearest
+from lmspt_jax.files import open_plain, size_of
 
 VERSION = 6
 _DTYPES = (np.float32, np.int8, np.int16, np.int32, np.float16, ml_dtypes.bfloat16)
@@ -44,9 +45,8 @@ class _Parts:
     self.name = str(self.paths[0])
     self.sizes = []
     for path in self.paths:
-      if not path.is_file():
-        raise LmsptError(f'{path}: no such file')
-      self.sizes.append(path.stat().st_size)
+      with open_plain(path) as file:
+        self.sizes.append(size_of(file))
     self.total = sum(self.sizes)
 
   def read(self, offset: int, size: int, what: str) -> bytes:
@@ -59,7 +59,7 @@ class _Parts:
     for path, length in zip(self.paths, self.sizes, strict=True):
       low, high = max(offset, start), min(offset + size, start + length)
       if low < high:
-        with path.open('rb') as f:
+        with open_plain(path) as f:
           f.seek(low - start)
           chunks.append(f.read(high - low))
       start += length
@@ -102,12 +102,12 @@ class _Cursor:
 
 
 class CTranslate2File:
-  """A `model.bin`: `spec` names the architecture, `variables` says what is where (aliases included)."""
+  """A `model.bin`: `spec` names the architecture, `variables` says what is where (aliases included); `size`: bytes."""
 
   def __init__(self, *paths: str | Path):
     """One path, or the consecutive parts of a split file. Raises LmsptError for anything that does not add up."""
     self._parts = _Parts([Path(p) for p in paths])
-    self.name = self._parts.name
+    self.name, self.size = self._parts.name, self._parts.total
     cursor = _Cursor(self._parts)
     version = cursor.number('I', 'the version')
     if version != VERSION:

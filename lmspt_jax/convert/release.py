@@ -6,6 +6,7 @@ Their two encoders, quantizers and decoders; causal models (a convolution's arra
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -112,14 +113,21 @@ def tokenizer_from_release(state_dict: Mapping[str, np.ndarray],
 
 
 def release_from_tokenizer(params: dict[str, Any], codebooks: dict[str, Any],
-                           config: ModelConfig) -> dict[str, np.ndarray]:
-  """The inverse: contiguous float32 arrays under the release's names, usage buffers left out."""
-  arrays = {}
+                           config: ModelConfig) -> dict[str, Callable[[], np.ndarray]]:
+  """The inverse: what makes each float32 array, under the release's names; usage buffers are left out.
+
+  Not the arrays, which would be a second copy of the model.
+  """
+  made = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path((params, codebooks)):
     name = '/'.join(str(p.key) for p in path[1:])
     if name.rpartition('/')[2] not in ('counts', 'sums', 'mass'):
-      arrays[release_name(name, config)] = np.ascontiguousarray(to_torch_layout(name, np.asarray(leaf, np.float32)))
-  return arrays
+      made[release_name(name, config)] = functools.partial(_released, name, leaf)
+  return made
+
+
+def _released(name: str, leaf: Any) -> np.ndarray:
+  return to_torch_layout(name, np.asarray(leaf, np.float32))
 
 
 def _shared_encoder_alias(state_dict: Mapping[str, np.ndarray]) -> Callable[[str], str]:

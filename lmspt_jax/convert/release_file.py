@@ -1,13 +1,14 @@
 """Safetensors files in the layout of the authors' release, read and written strictly.
 
-The format holds no code, and its header's sizes, offsets and types are checked by `safetensors` before anything is
-allocated. What a release file does not say (its config) is told from the shapes; files written here say it in their
-metadata.
+The format holds no code. What a release file does not say (its config) is told from the shapes; files written here say
+it in their metadata.
 """
 
 from __future__ import annotations
 
+import functools
 import json
+import math
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -15,18 +16,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from lmspt_jax.config import ModelConfig, QuantizerConfig, from_dict, to_dict
+from lmspt_jax.config.model import MAX_BLOCKS, MAX_CODEBOOKS
 from lmspt_jax.convert.release import USAGE, release_from_tokenizer, tokenizer_from_release
+from lmspt_jax.convert.safetensors_file import SafetensorsFile, write_safetensors
 from lmspt_jax.errors import LmsptError
+from lmspt_jax.files import parse_json
 
 # JSON: the model's config and the licence. One entry, as safetensors writes several in any order, and equal models are
 # to be equal files.
 METADATA = 'lmspt_jax'
 RESYNTHESIS_RATE = 16_000  # Hz: the auxiliary decoder speaks to Whisper
-MAX_BLOCKS, MAX_CODEBOOKS = 16, 64  # a file that names more is none of these models
 _DTYPES = ('F32', 'F16')
 
 
@@ -77,19 +78,20 @@ def write_release(path: str | Path, checkpoint: ReleaseCheckpoint) -> None:
   Usage buffers that `checkpoint.usage` lacks are zero, as in a model that was never trained.
   """
   path, config = Path(path), checkpoint.config
-  arrays = release_from_tokenizer(checkpoint.params, checkpoint.codebooks, config)
+  made = release_from_tokenizer(checkpoint.params, checkpoint.codebooks, config)
   for part, key in USAGE.items():
     quantizer = config.semantic if part == 'semantic_quantizer' else config.acoustic
     empty = np.zeros((quantizer.num_codebooks, quantizer.size), np.float32)
-    arrays[key] = np.ascontiguousarray(checkpoint.usage.get(part, empty))
+    made[key] = functools.partial(checkpoint.usage.get, part, empty)
   metadata = {METADATA: json.dumps({'model': to_dict(config), 'license': checkpoint.license}, sort_keys=True)}
   beside = path.with_name(f'.{path.name}.{os.getpid()}')
   try:
-    safetensors.numpy.save_file(arrays, beside, metadata)
+    shapes = {key: made[key]().shape for key in sorted(made)}  # views: nothing is copied
+    write_safetensors(beside, shapes, 'F32', lambda key: made[key](), metadata)
     beside.replace(path)
-  except (OSError, safetensors.SafetensorError) as error:
-    raise LmsptError(f"{path}: can't be written ({getattr(error, 'strerror', None) or error}); give a folder that "
-                     'exists and has room') from error
+  except OSError as error:
+    raise LmsptError(f"{path}: can't be written ({error.strerror or error}); give a folder that exists and has "
+                     'room') from error
   finally:
     beside.unlink(missing_ok=True)
 
@@ -136,8 +138,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], path: str) -> ModelConfi
   semantic, count = 'quantizer.rvq_first.quantizers.0.codebook.weight', sum(key in shapes for key in tables)
   if not 1 <= count <= MAX_CODEBOOKS:
     raise LmsptError(f"{path}: {count} acoustic codebooks: not in the layout of LM-SPT's release")
-  hop = int(np.prod(strides))
-  resynthesis_hop = int(np.prod(resynthesis_rates))
+  hop, resynthesis_hop = math.prod(strides), math.prod(resynthesis_rates)
   if not hop or not resynthesis_hop or hop * RESYNTHESIS_RATE % resynthesis_hop:
     raise LmsptError(f'{path}: strides {strides} and {resynthesis_rates} of the auxiliary decoder: no sample rate at '
                      'which it speaks at 16 kHz; give the config')
@@ -152,7 +153,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], path: str) -> ModelConfi
       semantic=QuantizerConfig(codebook_size=size(semantic, 0, 2), code_dim=size(semantic, 1, 2)),
       acoustic=QuantizerConfig(num_codebooks=count, codebook_size=size(tables[0], 0, 2),
                                code_dim=size(tables[0], 1, 2), dropout=defaults.acoustic.dropout))
-  return _checked(config, path)
+  return _checked(config, len(shapes), path)
 
 
 def _stored(tensors: _Tensors) -> tuple[ModelConfig | None, str]:
@@ -160,10 +161,7 @@ def _stored(tensors: _Tensors) -> tuple[ModelConfig | None, str]:
   text = tensors.metadata.get(METADATA)
   if text is None:
     return None, ''
-  try:
-    values = json.loads(text)
-  except (ValueError, RecursionError) as error:
-    raise LmsptError(f'{tensors.path}: metadata {METADATA} is not JSON ({error}): the file is damaged') from error
+  values = parse_json(text, f'{tensors.path}: metadata {METADATA}')
   fields = values if isinstance(values, dict) else {}
   model, license = fields.get('model'), fields.get('license')
   if not isinstance(model, dict) or not isinstance(license, str):
@@ -172,19 +170,18 @@ def _stored(tensors: _Tensors) -> tuple[ModelConfig | None, str]:
     config = from_dict(ModelConfig, model)
   except LmsptError as error:
     raise LmsptError(f'{tensors.path}: metadata {METADATA}: {error}') from error
-  return _checked(config, str(tensors.path)), license
+  return _checked(config, len(tensors), str(tensors.path)), license
 
 
-def _checked(config: ModelConfig, path: str) -> ModelConfig:
-  """The config, if building it costs what the file could hold."""
-  parts = (config.encoder_strides, config.decoder_rates, config.resynthesis_rates, config.dilations)
-  if max(map(len, parts)) > MAX_BLOCKS or config.acoustic.num_codebooks > MAX_CODEBOOKS:
-    raise LmsptError(f'{path}: a model of {max(map(len, parts))} blocks and {config.acoustic.num_codebooks} codebooks: '
-                     f'at most {MAX_BLOCKS} and {MAX_CODEBOOKS} are read')
+def _checked(config: ModelConfig, num_tensors: int, path: str) -> ModelConfig:
+  """The config, if building it costs no more than a file of so many tensors could hold."""
   try:
     config.check()
   except LmsptError as error:
     raise LmsptError(f'{path}: {error}') from error
+  if config.num_residual_units * 8 > num_tensors:
+    raise LmsptError(f'{path}: {num_tensors} tensors, too few for the {config.num_residual_units} residual units of '
+                     'its config')
   return config
 
 
@@ -192,25 +189,16 @@ class _Tensors(Mapping[str, np.ndarray]):
   """A file's tensors, read when asked for; `shapes` and `metadata` are read at once."""
 
   def __init__(self, path: Path):
-    self.path = path
-    if not path.is_file():
-      raise LmsptError(f'{path}: no such file')
-    try:
-      self._file = safetensors.safe_open(path, framework='numpy')
-      self.metadata: dict[str, str] = self._file.metadata() or {}
-      slices = {key: self._file.get_slice(key) for key in self._file.keys()}
-      self.shapes = {key: tuple(part.get_shape()) for key, part in slices.items()}
-      dtypes = {key: part.get_dtype() for key, part in slices.items()}
-    except (OSError, safetensors.SafetensorError) as error:
-      raise LmsptError(f'{path}: cannot be read as safetensors ({error})') from error
-    wrong = next((key for key, dtype in dtypes.items() if dtype not in _DTYPES), None)
+    self.path, self._file = path, SafetensorsFile(path)
+    self.metadata, self.shapes = self._file.metadata, self._file.shapes
+    wrong = next((key for key, dtype in self._file.dtypes.items() if dtype not in _DTYPES), None)
     if wrong is not None:
-      raise LmsptError(f'{path}: {wrong} is {dtypes[wrong]}: release weights are {" or ".join(_DTYPES)}')
+      raise LmsptError(f'{path}: {wrong} is {self._file.dtypes[wrong]}: release weights are {" or ".join(_DTYPES)}')
 
   def __getitem__(self, key: str) -> np.ndarray:
     if key not in self.shapes:
       raise KeyError(key)
-    value = np.asarray(self._file.get_tensor(key), np.float32)
+    value = np.asarray(self._file.read(key), np.float32)
     if not np.isfinite(value).all():
       raise LmsptError(f'{key} holds values that are not finite: the file is damaged')
     return value

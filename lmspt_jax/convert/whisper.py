@@ -33,6 +33,7 @@ from lmspt_jax.models.whisper import WhisperDims
 
 KINDS = ('package', 'ctranslate2', 'hf', 'openai')
 PARTS = ('encoder', 'decoder')
+_MAX_REST = 64 << 20  # bytes of a weight file beside its matrices
 
 
 @dataclass(frozen=True)
@@ -60,6 +61,10 @@ def load_whisper(uri: str, parts: Sequence[str] = ('encoder',)) -> WhisperCheckp
   source = open_whisper(uri)
   if 'decoder' in parts:
     require_decoder(uri, source)
+  if isinstance(source.dims, WhisperDims):
+    most = 64 * sum(_least(source.dims, part) for part in PARTS) + _MAX_REST
+    if source.size > most:  # or hashing it could take hours
+      raise LmsptError(f'{source.path}: {source.size} bytes, where a Whisper of its dimensions has {most} at most')
   return WhisperCheckpoint(
     dims=source.dims,
     params={part: _read_part(source, part) for part in PARTS if part in parts},
@@ -127,11 +132,26 @@ def check_part(source: WhisperSource, part: str) -> None:
   layers = dims.audio_layers if part == 'encoder' else dims.text_layers
   if foreign_name(f'{part}/blocks/{layers}/mlp_norm/scale', source.rules) in source.names:
     raise LmsptError(f'{source.path}: says {layers} {part} layers but holds more: its configuration is not its own')
+  for layer in range(layers):
+    if (name := foreign_name(f'{part}/blocks/{layer}/mlp_norm/scale', source.rules)) not in source.names:
+      raise LmsptError(f'{source.path}: no tensor {name!r}, though it says {layers} {part} layers: it is damaged')
+  # Before the arrays are allocated: weights take a byte each at least.
+  if (least := _least(dims, part)) > source.size:
+    raise LmsptError(f'{source.path}: has {source.size} bytes, but {part} dimensions for {least} parameters or more: '
+                     'its configuration is not its own')
   if part == 'encoder' and isinstance(dims, WhisperDims):
     # The model computes its positions. A file with learnt ones would silently be another model.
     stored = read_parameter(source, 'encoder/positions', (dims.audio_context, dims.width))
     if np.abs(stored - whisper.sinusoids(*stored.shape)).max() > 1e-2:
       raise LmsptError(f"{source.path}: its encoder positions are not Whisper's sinusoids: not a Whisper model")
+
+
+def _least(dims: TeacherDims, part: str) -> int:
+  """Parameters of its matrices: what a part has at least."""
+  width = dims.width
+  if part == 'encoder':
+    return 12 * dims.audio_layers * width**2 + 3 * (dims.n_mels + width) * width + dims.audio_context * width
+  return 16 * dims.text_layers * width**2 + (dims.vocab_size + dims.text_context) * width
 
 
 def read_parameter(source: WhisperSource, path: str, shape: tuple[int, ...]) -> np.ndarray:

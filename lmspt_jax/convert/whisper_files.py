@@ -20,7 +20,8 @@ import numpy as np
 from lmspt_jax.convert.ctranslate2 import CTranslate2File
 from lmspt_jax.convert.torch_zip import LazyTensor, TorchFile
 from lmspt_jax.convert.whisper_names import CTRANSLATE2_NAMES, OPENAI_NAMES, Rules, foreign_name
-from lmspt_jax.errors import LmsptError, nearest
+from lmspt_jax.errors import LmsptError, nearest, shown
+from lmspt_jax.files import open_plain
 from lmspt_jax.models.teachers import TeacherDims
 from lmspt_jax.models.whisper import WhisperDims
 
@@ -63,6 +64,7 @@ class WhisperSource:
   names: Collection[str]  # of its tensors
   rules: Rules  # from a parameter's path to its tensor's name
   read: Callable[[str], np.ndarray]  # a parameter's path -> float32 in the foreign layout
+  size: int  # bytes of its weight files
   sha256: Callable[[], str]
   tokenizer_path: Path | None
 
@@ -74,9 +76,9 @@ def checked_sizes(path: str, sizes: dict[str, Any], heads: Sequence[Any]) -> dic
   """
   for name, value in (*sizes.items(), *(('heads', h) for h in heads)):
     if type(value) is not int or not 1 <= value <= 1_000_000:
-      raise LmsptError(f'{path}: {name} = {value!r}: a Whisper model has a positive number there')
+      raise LmsptError(f'{path}: {name} = {shown(value)}: a Whisper model has a positive number there')
   layers = [value for name, value in sizes.items() if name.endswith('_layers')]
-  if max(layers) > 1000:
+  if max(layers) > 256:  # large-v3 has 32
     raise LmsptError(f'{path}: {" and ".join(map(str, layers))} layers: not a Whisper model')
   if len(set(heads)) != 1 or sizes['width'] % heads[0] or sizes['width'] < 4 or sizes['width'] % 2:
     raise LmsptError(f'{path}: width {sizes["width"]} with {tuple(heads)} heads: not a Whisper model')
@@ -87,7 +89,7 @@ def file_sha256(paths: Sequence[Path]) -> str:
   """Of the files put end to end."""
   digest = hashlib.sha256()
   for path in paths:
-    with path.open('rb') as f:
+    with open_plain(path) as f:
       while block := f.read(1 << 20):
         digest.update(block)
   return digest.hexdigest()
@@ -116,9 +118,6 @@ def open_package(name: str) -> WhisperSource:
 
 def open_ctranslate2(paths: Sequence[Path], tokenizer: Path | None = None, pinned: str | None = None) -> WhisperSource:
   """A model.bin in one or more consecutive parts; `pinned` is the sha256 that it must have."""
-  for path in paths:
-    if not path.is_file():
-      raise LmsptError(f'{path}: no such file')
   digest = functools.cache(functools.partial(file_sha256, tuple(paths)))
   if pinned is not None and digest() != pinned:
     raise LmsptError(f'{paths[0]}: sha256 is {digest()}, not {pinned}: another version or damaged, install it again')
@@ -161,7 +160,7 @@ def open_ctranslate2(paths: Sequence[Path], tokenizer: Path | None = None, pinne
 
   beside = paths[0].with_name('tokenizer.json')
   tokenizer = tokenizer or (beside if beside.is_file() else None)
-  return WhisperSource(file.name, dims, file.variables.keys(), CTRANSLATE2_NAMES, read, digest, tokenizer)
+  return WhisperSource(file.name, dims, file.variables.keys(), CTRANSLATE2_NAMES, read, file.size, digest, tokenizer)
 
 
 # ---------------------------------------------------------------- OpenAI
@@ -194,4 +193,4 @@ def open_openai(path: Path) -> WhisperSource:
     return file.read(tensor).astype(np.float32, copy=False)
 
   digest = functools.partial(file_sha256, [path])
-  return WhisperSource(str(path), WhisperDims(**sizes), tensors.keys(), OPENAI_NAMES, read, digest, None)
+  return WhisperSource(str(path), WhisperDims(**sizes), tensors.keys(), OPENAI_NAMES, read, file.size, digest, None)

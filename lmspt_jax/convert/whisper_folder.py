@@ -7,18 +7,16 @@ large-v3 in float32 a 265 MB embedding instead of 6 GB.
 from __future__ import annotations
 
 import json
-import math
 import os
 import shutil
-import struct
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import ml_dtypes
 import numpy as np
-from tqdm import tqdm
 
+from lmspt_jax.convert.safetensors_file import write_safetensors
 from lmspt_jax.convert.whisper import (
   PARTS,
   abstract_part,
@@ -78,29 +76,21 @@ def write_whisper_folder(uri: str, folder: str | Path, dtype: str = 'float32') -
 
 
 def _write_weights(path: Path, source: WhisperSource, dtype: str) -> None:
-  """A safetensors file: u64 length of a JSON header, the header, the tensors it describes in its order."""
   code, numpy_dtype = DTYPES[dtype]
-  shapes = dict(_shapes(source.dims))
-  header: dict[str, Any] = {'__metadata__': {'format': 'pt'}}
-  end = 0
-  for name, shape in shapes.items():
-    start, end = end, end + math.prod(shape) * np.dtype(numpy_dtype).itemsize
-    header[_name(name)] = {'dtype': code, 'shape': foreign_shape(name, shape), 'data_offsets': [start, end]}
-  text = json.dumps(header).encode()
-  text += b' ' * (-len(text) % 8)  # tensors begin at a multiple of 8 bytes
-  # A moment's work shows no bar; in a log (None) it would be one endless line.
-  bar = tqdm(total=end, desc=f'writing {WEIGHTS}', unit='B', unit_scale=True, delay=3, dynamic_ncols=True, disable=None)
-  with path.open('wb') as file, bar:
-    file.write(struct.pack('<Q', len(text)) + text)
-    for name, shape in shapes.items():
-      # Sources of a narrow dtype hold what it left of the sinusoids.
-      value = sinusoids(*shape) if name == POSITIONS else foreign_layout(name, read_parameter(source, name, shape))
-      with np.errstate(over='ignore'):
-        value = np.ascontiguousarray(value).astype(numpy_dtype, copy=False)
-      if not np.isfinite(value).all():
-        raise LmsptError(f'{source.path}: {_name(name)} has values that {dtype} cannot hold; use bfloat16 or float32')
-      file.write(value.view(np.uint8))
-      bar.update(value.nbytes)
+  named = {_name(name): (name, shape) for name, shape in _shapes(source.dims)}
+
+  def read(tensor: str) -> np.ndarray:
+    name, shape = named[tensor]
+    # Sources of a narrow dtype hold what it left of the sinusoids.
+    value = sinusoids(*shape) if name == POSITIONS else foreign_layout(name, read_parameter(source, name, shape))
+    with np.errstate(over='ignore'):
+      value = np.ascontiguousarray(value).astype(numpy_dtype, copy=False)
+    if not np.isfinite(value).all():
+      raise LmsptError(f'{source.path}: {tensor} has values that {dtype} cannot hold; use bfloat16 or float32')
+    return value
+
+  shapes = {tensor: foreign_shape(name, shape) for tensor, (name, shape) in named.items()}
+  write_safetensors(path, shapes, code, read, {'format': 'pt'})
 
 
 def _name(path: str) -> str:

@@ -8,19 +8,19 @@ from __future__ import annotations
 
 import functools
 import hashlib
-import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors
 
 from lmspt_jax.convert import hub
+from lmspt_jax.convert.safetensors_file import SafetensorsFile
 from lmspt_jax.convert.whisper_files import WhisperSource, checked_sizes, file_sha256
 from lmspt_jax.convert.whisper_names import HUGGING_FACE_NAMES, Rules, foreign_name
-from lmspt_jax.errors import LmsptError, nearest
+from lmspt_jax.errors import LmsptError, nearest, shown
+from lmspt_jax.files import read_json
 from lmspt_jax.models.qwen2_audio import Qwen2AudioDims
 from lmspt_jax.models.teachers import TeacherDims
 from lmspt_jax.models.whisper import WhisperDims
@@ -61,24 +61,16 @@ def open_folder(folder: Path) -> WhisperSource:
   """Raises LmsptError for files that are missing or damaged, and for another model's."""
   family = _read_family(folder)
   paths = [folder / file for file in _weight_files(folder, family)]
-  files: dict[str, Path] = {}
-  for path in paths:
-    with _opened(path) as file:
-      files.update(dict.fromkeys(file.keys(), path))
+  files: dict[str, SafetensorsFile] = {}
+  for file in map(SafetensorsFile, paths):
+    files.update(dict.fromkeys(file.shapes, file))
   prefix = _prefix(files, family, paths[0])
   rules = (*family.rules, (r'^', prefix))
 
   def tensor(name: str) -> np.ndarray:
     if name not in files:
       raise LmsptError(f'{paths[0]}: no tensor {name!r}; {nearest(name, files)}')
-    # Opened for each tensor: of a file that stays open all that was read stays mapped, a second copy of the model.
-    with _opened(files[name]) as file:
-      try:
-        return np.asarray(file.get_tensor(name))
-      except (safetensors.SafetensorError, TypeError) as e:
-        raise LmsptError(
-          f'{files[name]}: tensor {name!r} cannot be read ({e}); save it as float32, float16 or bfloat16'
-        ) from e
+    return files[name].read(name)
 
   def read(path: str) -> np.ndarray:
     return tensor(foreign_name(path, rules)).astype(np.float32, copy=False)
@@ -92,20 +84,14 @@ def open_folder(folder: Path) -> WhisperSource:
 
   tokenizer = folder / TOKENIZER
   digest = tower_sha256 if family.part else functools.partial(file_sha256, paths)
-  return WhisperSource(str(paths[0]), family.dims, files.keys(), rules, read, digest,
+  size = sum(path.stat().st_size for path in paths)
+  return WhisperSource(str(paths[0]), family.dims, files.keys(), rules, read, size, digest,
                        tokenizer if tokenizer.is_file() else None)
-
-
-def _opened(path: Path) -> safetensors.safe_open:
-  try:
-    return safetensors.safe_open(path, framework='numpy')
-  except (OSError, safetensors.SafetensorError) as e:
-    raise LmsptError(f'{path}: cannot be read as safetensors ({e})') from e
 
 
 def _read_family(folder: Path) -> _Family:
   path = folder / CONFIG
-  config = _read_json(path)
+  config = _read_object(path)
   kind = config.get('model_type')
   if kind == 'whisper':
     heads = [config.get('encoder_attention_heads'), config.get('decoder_attention_heads')]
@@ -123,10 +109,10 @@ def _read_family(folder: Path) -> _Family:
     prefixes = ('audio_tower.', 'model.audio_tower.', '')
     family = _Family(Qwen2AudioDims(**sizes), (*HUGGING_FACE_NAMES, (r'^encoder\.', '')), prefixes, part=True)
   else:
-    raise LmsptError(f'{path}: model_type = {kind!r}: a Whisper model is needed, or a Qwen2-Audio')
+    raise LmsptError(f'{path}: model_type = {shown(kind)}: a Whisper model is needed, or a Qwen2-Audio')
   activation = config.get('activation_function', 'gelu')
   if activation != 'gelu':
-    raise LmsptError(f"{path}: activation_function = {activation!r}: these encoders are built with 'gelu'")
+    raise LmsptError(f"{path}: activation_function = {shown(activation)}: these encoders are built with 'gelu'")
   return family
 
 
@@ -135,12 +121,12 @@ def _weight_files(folder: Path, family: _Family) -> list[str]:
   index_path = folder / INDEX
   if (folder / WEIGHTS).is_file() or not index_path.is_file():
     return [WEIGHTS]
-  weight_map = _read_json(index_path).get('weight_map')
+  weight_map = _read_object(index_path).get('weight_map')
   if not isinstance(weight_map, dict) or not weight_map:
     raise LmsptError(f'{index_path}: has no weight_map')
   for file in weight_map.values():
-    if not isinstance(file, str) or Path(file).name != file:
-      raise LmsptError(f'{index_path}: weight_map names {file!r}, which is not a file of this folder')
+    if not isinstance(file, str) or Path(file).name != file or file in ('', '..') or '\0' in file:
+      raise LmsptError(f'{index_path}: weight_map names {shown(file)}, which is not a file of this folder')
   prefix = _prefix(weight_map, family, index_path) if family.part else ''
   return sorted({file for name, file in weight_map.items() if name.startswith(prefix)})
 
@@ -154,13 +140,8 @@ def _prefix(names: Iterable[str], family: _Family, path: Path) -> str:
   raise LmsptError(f'{path}: no tensor {wanted!r}; {nearest(wanted, known)}')
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-  try:
-    value = json.loads(path.read_text('utf-8'))
-  except OSError as e:
-    raise LmsptError(f'{path}: cannot be read ({e.strerror})') from e
-  except (ValueError, RecursionError) as e:
-    raise LmsptError(f'{path}: not valid JSON ({e})') from e
+def _read_object(path: Path) -> dict[str, Any]:
+  value = read_json(path)
   if not isinstance(value, dict):
     raise LmsptError(f'{path}: a JSON object was expected')
   return value

@@ -102,5 +102,5 @@ class FaultLog:
       for line in path.read_text(encoding='utf-8').splitlines():
         row = json.loads(line)
         self._faults[row['uri'], row['name']] = {key: row[key] for key in _FIELDS}
-    except (OSError, ValueError, TypeError, KeyError) as error:
+    except (OSError, ValueError, TypeError, KeyError, RecursionError) as error:
       raise LmsptError(f'{path}: not a list of faults ({type(error).__name__}: {error}); remove it') from error

@@ -8,7 +8,7 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-from lmspt_jax.errors import LmsptError
+from lmspt_jax.errors import LmsptError, shown
 
 LABELS = ('id', 'split', 'text', 'language', 'speaker', 'license')
 SPLIT_PATTERN = re.compile(r'[A-Za-z0-9_.+-]{1,64}')
@@ -38,7 +38,7 @@ def row_from(values: Mapping[str, Any], where: str) -> dict[str, Any]:
   """
   row: dict[str, Any] = {name: _label(values, name, where) for name in LABELS}
   if row['split'] and not SPLIT_PATTERN.fullmatch(row['split']):
-    raise LmsptError(f'{where}: split = {row["split"]!r}: use up to 64 letters, digits and . _ + -')
+    raise LmsptError(f'{where}: split = {shown(row["split"])}: use up to 64 letters, digits and . _ + -')
   row['seconds'] = next((float(values[name]) for name in _NAMES['seconds'] if _is_number(values.get(name))), math.nan)
   scores = {name: float(value) for name, value in values.items()
             if _is_number(value) and name not in _TAKEN and name.isprintable()}
@@ -51,12 +51,11 @@ def _label(values: Mapping[str, Any], name: str, where: str) -> str:
   if isinstance(value, int) and not isinstance(value, bool):
     value = str(value)
   if not isinstance(value, str) or len(value) > MAX_LABEL:
-    shown = repr(value)[:80]
-    raise LmsptError(f'{where}: {name} = {shown}: must be text of at most {MAX_LABEL} characters')
+    raise LmsptError(f'{where}: {name} = {shown(value)}: must be text of at most {MAX_LABEL} characters')
   try:
     value.encode()
   except UnicodeEncodeError as error:
-    raise LmsptError(f'{where}: {name} = {value!r:.80}: holds half a character (a lone surrogate)') from error
+    raise LmsptError(f'{where}: {name} = {shown(value)}: holds half a character (a lone surrogate)') from error
   return value
 
 

@@ -5,6 +5,8 @@ Axes: B batch, N samples, M samples at the resynthesis rate, T frames, C latent 
 
 from __future__ import annotations
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx, struct
@@ -120,9 +122,15 @@ def split_tokenizer(module: SpeechTokenizer) -> tuple[nnx.GraphDef, dict, dict]:
   return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(codebooks)
 
 
+@functools.lru_cache(maxsize=8)  # tracing the release's takes a second
+def _abstract(config: ModelConfig) -> tuple[nnx.GraphDef, nnx.State, nnx.State]:
+  return nnx.split(nnx.eval_shape(lambda: SpeechTokenizer(config, rngs=nnx.Rngs(0))), nnx.Param, CodebookState)
+
+
 def abstract_tokenizer(config: ModelConfig) -> tuple[nnx.GraphDef, dict, dict]:
-  """`split_tokenizer` with shapes in place of arrays; nothing is computed."""
-  return split_tokenizer(nnx.eval_shape(lambda: SpeechTokenizer(config, rngs=nnx.Rngs(0))))
+  """`split_tokenizer` with shapes in place of arrays; nothing is computed. The dictionaries are the caller's own."""
+  graphdef, params, codebooks = _abstract(config)
+  return graphdef, nnx.to_pure_dict(params), nnx.to_pure_dict(codebooks)
 
 
 def merge_tokenizer(config: ModelConfig, params: dict, codebooks: dict) -> SpeechTokenizer:

@@ -7,7 +7,6 @@ non-speech symbols and special tokens suppressed, no blank or end as the first t
 from __future__ import annotations
 
 import functools
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,13 +18,15 @@ import numpy as np
 from jax import Array
 
 from lmspt_jax.audio.mel import WHISPER_HOP, log_mel_spectrogram
-from lmspt_jax.errors import LmsptError
+from lmspt_jax.errors import LmsptError, shown
+from lmspt_jax.files import read_json
 from lmspt_jax.models.whisper import Whisper, WhisperDims, bind
 
 # Symbols that stand for something other than speech: alone, doubled or inside brackets.
 _NON_SPEECH = [*'"#()*+/:;<=>@[\\]^_`{|}~「」『』']
 _NON_SPEECH += ['<<', '>>', '<<<', '>>>', '--', '---', '-(', '-[', "('", '("', '((', '))', '(((', ')))', '[[', ']]']
 _NON_SPEECH += ['{{', '}}', '♪♪', '♪♪♪']
+_MAX_VOCABULARY = 16 << 20  # bytes of a tokenizer.json; that of tiny.en has 2.2 MB
 _MUSIC = [*'♩♪♫♬♭♮♯']  # share their first byte-level token: it alone is suppressed
 
 
@@ -42,20 +43,10 @@ class WhisperVocabulary:
   @classmethod
   def from_file(cls, path: str | Path | None) -> WhisperVocabulary:
     """Raises LmsptError for a missing or damaged file, and one that is not Whisper's."""
-    import tokenizers  # only transcribing needs it
-
-    if path is None or not Path(path).is_file():
+    if path is None:
       raise LmsptError(f'Whisper vocabulary {str(path)!r}: no such file; put the tokenizer.json of the model there')
-    text = Path(path).read_bytes()
-    try:
-      content = json.loads(text)
-      kind = content['model']['type'] if isinstance(content, dict) else None
-    except (ValueError, RecursionError, LookupError, TypeError) as e:
-      raise LmsptError(f'{path}: not a tokenizer.json, or cut short ({e})') from e
-    if kind != 'BPE':
-      raise LmsptError(f"{path}: holds a {kind!r} vocabulary where Whisper's are 'BPE'")
-    tokenizer = tokenizers.Tokenizer.from_buffer(text)
-    special = {t.content: i for i, t in tokenizer.get_added_tokens_decoder().items() if t.content.startswith('<|')}
+    tokenizer, added = _tokenizer(Path(path))
+    special = {content: i for content, i in added.items() if content.startswith('<|')}
     needed = ('endoftext', 'startoftranscript', 'notimestamps', 'transcribe', 'translate', 'startoflm', 'startofprev')
     for name in needed:
       if f'<|{name}|>' not in special:
@@ -91,6 +82,46 @@ class WhisperVocabulary:
     return self.tokenizer.decode([i for i in ids if i < self.end], skip_special_tokens=True).strip()
 
 
+def _tokenizer(path: Path) -> tuple[Any, dict[str, int]]:
+  """(tokenizers.Tokenizer, added tokens) of a tokenizer.json.
+
+  Built from its words, merges and added tokens alone, which are checked first: what else such files may hold (patterns,
+  normalisers) Whisper's have not, and could be made to take any time.
+  """
+  import tokenizers  # only transcribing needs it
+
+  def need(condition: bool, what: str) -> None:
+    if not condition:
+      raise LmsptError(f'{path}: {what}: not the vocabulary of a Whisper model, or damaged')
+
+  content = read_json(path, _MAX_VOCABULARY)
+  model = content.get('model') if isinstance(content, dict) else None
+  need(isinstance(model, dict), 'has no model')
+  if model.get('type') != 'BPE':
+    raise LmsptError(f"{path}: holds a {shown(model.get('type'))} vocabulary where Whisper's are 'BPE'")
+  words, merges, added = model.get('vocab'), model.get('merges'), content.get('added_tokens')
+  need(isinstance(words, dict) and isinstance(merges, list) and isinstance(added, list), 'has no words and merges')
+  need(all(type(i) is int for i in words.values()) and sorted(words.values()) == [*range(len(words))],
+       'the numbers of its words are not 0, 1, 2 and so on')
+  need(words.keys() >= set(tokenizers.pre_tokenizers.ByteLevel.alphabet()), 'lacks words for single bytes')
+  pairs = [tuple(merge.split(' ')) if isinstance(merge, str) else tuple(merge) if isinstance(merge, list) else ()
+           for merge in merges]
+  need(all(len(pair) == 2 and all(isinstance(part, str) for part in pair) and {*pair, ''.join(pair)} <= words.keys()
+           for pair in pairs), 'has merges of other words than its own')
+  need(all(isinstance(token, dict) and isinstance(token.get('content'), str) and token['content'] for token in added),
+       'has added tokens without a text')
+  names = [token['content'] for token in added]
+  need(len({*names}) == len(names) and all(name.isprintable() for name in (*names, *words)),
+       'has an added token twice, or words of characters that are none')
+  tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE(words, pairs))
+  tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+  tokenizer.decoder = tokenizers.decoders.ByteLevel()
+  tokenizer.add_special_tokens(names)
+  found = {name: tokenizer.token_to_id(name) for name in names}
+  need(found == {token['content']: token.get('id') for token in added}, 'its added tokens do not follow its words')
+  return tokenizer, found
+
+
 def transcribe(
   dims: WhisperDims,
   params: dict[str, Any],
@@ -108,6 +139,9 @@ def transcribe(
   """
   window = 2 * dims.audio_context * WHISPER_HOP
   prompt = vocabulary.prompt(dims, language)
+  if max(vocabulary.suppressed) >= dims.vocab_size:
+    raise LmsptError(f'Whisper vocabulary: has token {max(vocabulary.suppressed)}, the model only {dims.vocab_size} '
+                     'tokens; use the tokenizer.json of the model')
   params = jax.tree.map(jnp.asarray, params)  # to the device once, not with every batch
   max_tokens = min(max_tokens, dims.text_context - len(prompt))
   pieces = [(i, start) for i, audio in enumerate(audios) for start in range(0, len(audio), window)]

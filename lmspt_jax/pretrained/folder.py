@@ -20,7 +20,8 @@ from typing import Any
 
 from lmspt_jax.config import ExperimentConfig, ModelConfig, QuirksConfig, from_dict, to_dict
 from lmspt_jax.convert.release_file import read_release, write_release
-from lmspt_jax.errors import LmsptError
+from lmspt_jax.errors import LmsptError, shown
+from lmspt_jax.files import open_plain, read_json, read_plain
 from lmspt_jax.pretrained.card import model_card
 from lmspt_jax.pretrained.model import TrainedModel
 from lmspt_jax.pretrained.provenance import Provenance
@@ -95,6 +96,8 @@ def read_folder(folder: Path) -> TrainedModel:
     raise LmsptError(f'{path}: {error}') from error
   license, step = get('license', str), get('step', int)
   provenance = Provenance(license, get('data', list), get('metrics', dict))
+  if (fault := provenance.fault()) is not None:
+    raise LmsptError(f'{path}: {fault}; copy the folder again')
   _check_sum(folder, WEIGHTS)
   found = read_release(folder / WEIGHTS, model)
   config = ExperimentConfig(name=get('name', str), model=found.config, quirks=quirks)
@@ -116,37 +119,27 @@ def _fields(model: TrainedModel, kind: str) -> dict[str, Any]:
 
 
 def _read(path: Path) -> dict[str, Any]:
-  try:
-    if path.stat().st_size > MAX_CONFIG:
-      raise LmsptError(f'{path}: {path.stat().st_size} bytes: not a model\'s config')
-    values = json.loads(path.read_text(encoding='utf-8'))
-  except OSError as error:
-    raise LmsptError(f"{path}: can't be read ({error.strerror}); copy the whole folder again") from error
-  except (ValueError, RecursionError) as error:
-    raise LmsptError(f'{path}: not JSON ({error}); copy the whole folder again') from error
+  values = read_json(path, MAX_CONFIG)
   return values if isinstance(values, dict) else {}
 
 
 def _get(path: Path, values: dict[str, Any], name: str, kind: type) -> Any:
   value = values.get(name)
   if not isinstance(value, kind) or isinstance(value, bool):
-    raise LmsptError(f'{path}: {name} = {value!r}: a model\'s config has {kind.__name__} there; copy the folder again')
+    raise LmsptError(f'{path}: {name} = {shown(value)}: a model\'s config has {kind.__name__} there; copy the '
+                     'folder again')
   return value
 
 
 def _check_sum(folder: Path, name: str) -> None:
-  path = folder / SUMS
-  try:
-    lines = path.read_text(encoding='utf-8').splitlines()
-    wanted = next((line.split()[0] for line in lines if line.split()[1:] == [name]), None)
-    found = _sha256(folder / name)
-  except (OSError, ValueError) as error:
-    raise LmsptError(f"{path}: can't be read ({error}); copy the whole folder again") from error
+  lines = read_plain(folder / SUMS, MAX_CONFIG).decode(errors='replace').splitlines()
+  wanted = next((line.split()[0] for line in lines if line.split()[1:] == [name]), None)
+  found = _sha256(folder / name)
   if found != wanted:
     raise LmsptError(f'{folder / name}: sha256 is {found}, {SUMS} says {wanted}; copy the folder again, or export the '
                      'changed model anew')
 
 
 def _sha256(path: Path) -> str:
-  with path.open('rb') as file:
+  with open_plain(path) as file:
     return hashlib.file_digest(file, 'sha256').hexdigest()

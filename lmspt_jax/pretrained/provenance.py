@@ -12,7 +12,7 @@ import numpy as np
 
 from lmspt_jax.config import CorpusConfig
 from lmspt_jax.data.sources import open_source
-from lmspt_jax.errors import LmsptError
+from lmspt_jax.errors import LmsptError, shown
 
 HELD_OUT = 'held_out/'
 
@@ -32,11 +32,27 @@ class Provenance:
   data: list[dict[str, Any]] = field(default_factory=list)
   metrics: dict[str, float] = field(default_factory=dict)
 
+  def fault(self) -> str | None:
+    """What is not as above, where it comes from a file; None if all is."""
+    for row in self.data:
+      if not isinstance(row, dict) or not all(isinstance(row.get(key), str) for key in ('uri', 'split', 'where')):
+        return f'data has {shown(row)} where a corpus has uri, split and where'
+      numbers, licenses = (row.get('utterances', 0), row.get('hours') or 0), row.get('licenses', [])
+      if not all(map(_is_number, numbers)) or not isinstance(licenses, list) or not all(
+          isinstance(license, str) for license in licenses):
+        return f'data has {shown(row)}: utterances and hours are numbers, licenses texts'
+    return next((f'metrics has {shown(name)} = {shown(value)}, not a number' for name, value in self.metrics.items()
+                 if not _is_number(value)), None)
+
 
 def of_run(corpora: Sequence[CorpusConfig], workdir: Path, step: int) -> Provenance:
   """Of the model that a run had at `step`. Opens its training data."""
   data = [_described(corpus) for corpus in corpora]
   return Provenance(_license(data), data, _held_out_figures(workdir / 'metrics.jsonl', step))
+
+
+def _is_number(value: Any) -> bool:
+  return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _described(corpus: CorpusConfig) -> dict[str, Any]:

@@ -17,6 +17,7 @@ from lmspt_jax import hosts
 from lmspt_jax.checkpoint import has_checkpoint
 from lmspt_jax.config import ExperimentConfig, to_dict
 from lmspt_jax.errors import LmsptError
+from lmspt_jax.files import read_json
 
 CONFIG = 'config.json'
 _SEEN_WITHIN = 60.0  # seconds after which a file that host 0 wrote is on no storage that this host shares
@@ -73,9 +74,11 @@ def _prepare(config: ExperimentConfig, workdir: Path) -> None:
   path = workdir / CONFIG
   if path.exists() and has_checkpoint(workdir):
     try:
-      before = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
-      raise LmsptError(f'{path}: not JSON ({error}); remove it or use another --workdir') from error
+      before = read_json(path)
+    except LmsptError as error:
+      raise LmsptError(f'{error}; remove it or use another --workdir') from error
+    if not isinstance(before, dict):
+      raise LmsptError(f'{path}: not a config; remove it or use another --workdir')
     found = changed_fields(before, to_dict(config))
     changed = [text for name, text in found.items() if not FREE_FIELDS.fullmatch(name)]
     if changed:

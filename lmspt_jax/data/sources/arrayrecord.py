@@ -44,13 +44,21 @@ class ArrayRecordSource(Source):
     path = storage.join(self.root, INDEX_NAME)
     try:
       table = pq.read_table(storage.local_copy(path, name=path))
-    except (AudioError, OSError, pa.ArrowInvalid) as error:
+      table.validate(full=True)  # lengths, and texts that are UTF-8
+      table = check_columns(table, path)
+    except (AudioError, OSError, UnicodeDecodeError, pa.ArrowException) as error:
       raise LmsptError(f'{path}: can\'t be read ({" ".join(str(error).split())[:120]}); {_REMEDY}') from error
-    table = check_columns(table, path)
     unknown = set(table.column('path').unique().to_pylist()) - set(self._shards)
     if unknown:
       raise LmsptError(f'{path}: names the shard {min(unknown)!r}, which dataset.json does not list; {_REMEDY}')
+    self._check_positions(table, path)
     return assemble([table], name=path)
+
+  def _check_positions(self, table: pa.Table, path: str) -> None:
+    for shard, position in zip(table.column('path').to_pylist(), table.column('position').to_numpy(), strict=True):
+      if not 0 <= position < self._shards[shard].records:
+        raise LmsptError(f'{path}: names record {position} of {shard}, which has {self._shards[shard].records}; '
+                         f'{_REMEDY}')
 
   def _fault(self, shard: ShardInfo, found: storage.Stat | AudioError) -> ShardFault | None:
     if isinstance(found, AudioError):

@@ -6,7 +6,6 @@ path is required.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -20,7 +19,8 @@ from lmspt_jax.data.index import assemble, table_from_rows
 from lmspt_jax.data.metadata import row_from
 from lmspt_jax.data.sources.base import Source
 from lmspt_jax.data.storage import FileRange
-from lmspt_jax.errors import LmsptError, nearest
+from lmspt_jax.errors import LmsptError, nearest, shown
+from lmspt_jax.files import parse_json
 
 MANIFEST = 'manifest.jsonl'
 ASSETS = Path(__file__).resolve().parent.parent.parent / 'assets'
@@ -74,7 +74,7 @@ class FolderSource(Source):
     seen: set[str] = set()
     try:
       with open(manifest, encoding='utf-8') as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in enumerate(iter(lambda: lines.readline(_MAX_LINE + 2), ''), start=1):
           if line.strip():
             row = _parse(line, f'{shown}:{number}')
             if row['id'] in seen:
@@ -94,16 +94,13 @@ def _walk(root: str) -> Iterator[str]:
 
 
 def _parse(line: str, where: str) -> dict[str, Any]:
-  try:
-    values = json.loads(line) if len(line) <= _MAX_LINE else None
-  except (ValueError, RecursionError) as error:
-    raise LmsptError(f'{where}: not JSON ({error}); write one object a line') from error
+  values = parse_json(line, where) if len(line) <= _MAX_LINE + 1 else None
   if not isinstance(values, dict):
     raise LmsptError(f'{where}: must be one JSON object of at most {_MAX_LINE} characters')
   name = values.get('path') or ''
   path = PurePosixPath(name) if isinstance(name, str) else PurePosixPath('/')
   if not name or path.is_absolute() or '..' in path.parts or '\\' in name or '\0' in name:
-    raise LmsptError(f'{where}: path = {name!r}: must be relative to the manifest and stay in its folder')
+    raise LmsptError(f'{where}: path = {shown(name)}: must be relative to the manifest and stay in its folder')
   row = row_from(values, where)
   return {**row, 'id': row['id'] or path.with_suffix('').as_posix(), 'path': name}
 

@@ -11,7 +11,6 @@ DIR may also be the folder that holds the corpus' own.
 
 from __future__ import annotations
 
-import json
 import os
 from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
@@ -22,7 +21,8 @@ from lmspt_jax.data.audio_io import AUDIO_SUFFIXES
 from lmspt_jax.data.index import assemble, table_from_rows
 from lmspt_jax.data.metadata import row_from
 from lmspt_jax.data.sources.base import Source
-from lmspt_jax.errors import LmsptError
+from lmspt_jax.errors import LmsptError, shown
+from lmspt_jax.files import parse_json
 
 _MAX_TEXT = 16 << 20  # characters of a text file or a line
 _TRANSCRIPTS, _NORMALIZED, _MIC = '.trans.txt', '.normalized.txt', '_mic1'
@@ -145,10 +145,7 @@ class EmiliaSource(_LayoutSource):
 
 
 def _object(text: str, where: str) -> dict[str, Any]:
-  try:
-    values = json.loads(text)
-  except (ValueError, RecursionError) as error:
-    raise LmsptError(f'{where}: not JSON ({error}); fetch it again') from error
+  values = parse_json(text, where)
   if not isinstance(values, dict):
     raise LmsptError(f'{where}: must be a JSON object; fetch it again')
   return values
@@ -157,5 +154,5 @@ def _object(text: str, where: str) -> dict[str, Any]:
 def _inside(name: Any, where: str) -> PurePosixPath:
   path = PurePosixPath(name) if isinstance(name, str) and name else PurePosixPath('/')
   if path.is_absolute() or '..' in path.parts or '\\' in name or '\0' in name:
-    raise LmsptError(f'{where}: wav = {name!r}: must be a path under the folder of the file')
+    raise LmsptError(f'{where}: wav = {shown(name)}: must be a path under the folder of the file')
   return path

@@ -157,6 +157,8 @@ class _File:
       self.parquet = pq.ParquetFile(source, buffer_size=_READ_AHEAD, pre_buffer=False,
                                     page_checksum_verification=True)
       self.schema = self.parquet.schema_arrow
+      if len(set(self.schema.names)) != len(self.schema.names):
+        raise AudioError(f'{name}: two of its columns have one name; write the file again', 'corrupt record')
       self.audio = _audio_column(self.schema, name)
     except FileNotFoundError as error:
       raise AudioError(f'{name}: no such file; check the path', 'missing') from error
@@ -250,7 +252,7 @@ def _class_names(schema: pa.Schema) -> dict[str, list[str]]:
     features = json.loads((schema.metadata or {}).get(b'huggingface', b'{}'))['info']['features']
     return {name: list(kind['names']) for name, kind in features.items()
             if isinstance(kind, dict) and kind.get('_type') == 'ClassLabel' and isinstance(kind.get('names'), list)}
-  except (ValueError, KeyError, TypeError, AttributeError):
+  except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
     return {}
 
 

@@ -94,10 +94,10 @@ def _pax(body: bytes) -> dict[str, str]:
   found, position = {}, 0
   while position < len(body):
     digits, space, _ = body[position:position + 12].partition(b' ')
-    length = int(digits)
+    length = int(digits) if digits.isdigit() else 0
     record = body[position + len(digits) + 1:position + length]
     key, equals, value = record.partition(b'=')
-    if not space or not equals or not value.endswith(b'\n') or position + length > len(body):
+    if length < 5 or not space or not equals or not value.endswith(b'\n') or position + length > len(body):
       raise ValueError('an extended header that does not follow the format')
     found[_text(key)] = _text(value[:-1])
     position += length

@@ -26,6 +26,7 @@ from lmspt_jax.data.sources import tar
 from lmspt_jax.data.sources.base import ShardFault, Source
 from lmspt_jax.data.storage import FileRange, Stat
 from lmspt_jax.errors import LmsptError
+from lmspt_jax.files import parse_json
 
 TEXT_SUFFIXES = ('.txt', '.normalized.txt', '.lab')  # the first one that a key has is its transcript
 MAX_TEXT = 1 << 20  # bytes of a json or txt member
@@ -210,10 +211,7 @@ def _text(member: tar.Member, read: Callable[[int, int], bytes], where: str) -> 
 
 
 def _labels(text: str, where: str) -> dict[str, Any]:
-  try:
-    values = json.loads(text)
-    if not isinstance(values, dict):
-      raise LmsptError(f'{where}: must be one JSON object')
-  except (ValueError, RecursionError) as error:
-    raise LmsptError(f'{where}: not JSON') from error
+  values = parse_json(text, where)
+  if not isinstance(values, dict):
+    raise LmsptError(f'{where}: must be one JSON object')
   return row_from(values, where)

@@ -16,6 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from stat import S_ISREG
 from typing import BinaryIO
 
 from lmspt_jax.data.faults import AudioError
@@ -147,8 +148,10 @@ def stat(path: str, *, name: str = '') -> Stat:
     return _stat_url(path, name or path)
   try:
     found = os.stat(path)
-  except OSError as error:
+  except (OSError, ValueError) as error:  # ValueError: a zero byte in the name
     raise _local_error(error, name or path) from error
+  if not S_ISREG(found.st_mode):  # reading a pipe or a device may never end
+    raise AudioError(f'{name or path}: not a plain file; check the path', 'undecodable')
   return Stat(found.st_size, f'{found.st_size}:{found.st_mtime_ns}')
 
 
@@ -186,9 +189,9 @@ def _stat_url(url: str, name: str) -> Stat:
   return found
 
 
-def _local_error(error: OSError, name: str) -> AudioError:
+def _local_error(error: OSError | ValueError, name: str) -> AudioError:
   reason = 'missing' if isinstance(error, FileNotFoundError | NotADirectoryError) else 'undecodable'
-  return AudioError(f'{name}: can\'t be read ({error.strerror}); check the path', reason)
+  return AudioError(f'{name}: can\'t be read ({getattr(error, "strerror", error)}); check the path', reason)
 
 
 # ---------------------------------------------------------------- whole files
