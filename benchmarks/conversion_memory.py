@@ -1,11 +1,12 @@
-"""Peak memory of `lmspt convert` of a Whisper to a Hugging Face folder, against the size of its weights.
+"""Peak memory of `lmspt convert` against the size of the weights.
 
-    python benchmarks/whisper_conversion.py [--layers=6] [--width=768]
+    python benchmarks/conversion_memory.py [--layers=6] [--width=768]
 
-A random Whisper is written to disk as a Hugging Face folder and, where torch is installed, as an openai-whisper file.
-Each conversion runs in a process of its own, which says the most it has had resident (VmHWM of /proc/self/status, for
-`getrusage` starts with the parent's; with the pages of the source file that it has mapped). The same command on a model
-of a few kilobytes is the floor: Python, jax, flax.
+A tokenizer of the release's widths with random weights goes from a run to a release file, and from there to a folder. A
+random Whisper, as a Hugging Face folder and, where torch is installed, as an openai-whisper file, goes to Hugging Face
+folders. Each conversion runs in a process of its own, which says the most it has had resident (VmHWM of
+/proc/self/status, for `getrusage` starts with the parent's; with the pages of the source file that it has mapped). The
+same command on a small model is the floor: Python, jax, flax.
 """
 
 from __future__ import annotations
@@ -25,8 +26,10 @@ import safetensors.numpy
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / 'tests'))
+from _tiny_run import write_run  # isort: skip
 from _whisper_arrays import named_arrays  # isort: skip
 
+from lmspt_jax.cli import flags
 from lmspt_jax.convert.whisper_names import HUGGING_FACE_NAMES, OPENAI_NAMES, Rules, foreign_layout, foreign_name
 from lmspt_jax.models.whisper import Whisper, WhisperDims, abstract_params, sinusoids
 
@@ -73,11 +76,32 @@ def write_openai(path: Path, dims: WhisperDims) -> str:
   return f'openai:{path}'
 
 
-def peak(source: str, target: Path, dtype: str) -> int:
+def peak(source: str, target: str, *flags: str) -> int:
   """Bytes."""
-  command = [sys.executable, '-c', MEASURED, 'convert', f'--from={source}', f'--to=hf:{target}', f'--dtype={dtype}']
+  command = [sys.executable, '-c', MEASURED, 'convert', f'--from={source}', f'--to={target}', *flags]
   done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
   return 1024 * int(done.stdout.splitlines()[-1])
+
+
+def show(name: str, found: int, floor: int, copy: int) -> None:
+  print(f'{name}: peak {found / 2**20:5.0f} MiB, floor {floor / 2**20:4.0f} MiB, above it {(found - floor) / copy:.2f} '
+        'copies of the weights', flush=True)
+
+
+def measure_tokenizer(here: Path) -> None:
+  release = flags.load(str(ROOT / 'configs' / 'lmspt_12_5hz.py')).model
+  runs = {'large': write_run(here / 'large', model=release), 'small': write_run(here / 'small')}
+  peaks = {}
+  for size, run in runs.items():
+    file, folder = here / f'{size}.safetensors', here / f'{size}-folder'
+    peaks['run -> release', size] = peak(f'run:{run}', f'release:{file}')
+    if size == 'large':  # the small one's dilations are not told from its shapes
+      peaks['release -> folder', size] = peak(f'release:{file}', f'folder:{folder}')
+  copy = (here / 'large.safetensors').stat().st_size
+  print(f'tokenizer of the release: {copy / 2**20:.0f} MiB')
+  floor = peaks['run -> release', 'small']
+  for name in ('run -> release', 'release -> folder'):
+    show(name, peaks[name, 'large'], floor, copy)
 
 
 def main() -> None:
@@ -90,19 +114,18 @@ def main() -> None:
   small = dataclasses.replace(dims, width=64, heads=1, audio_layers=1, text_layers=1, vocab_size=100)
   with tempfile.TemporaryDirectory() as temporary:
     here = Path(temporary)
+    measure_tokenizer(here)
     sources = {'hf': write_hugging_face(here / 'source', dims)}
-    floors = {'hf': write_hugging_face(here / 'small', small)}
+    floors = {'hf': write_hugging_face(here / 'small-whisper', small)}
     if importlib.util.find_spec('torch'):
       sources['openai'], floors['openai'] = write_openai(here / 'a.pt', dims), write_openai(here / 'small.pt', small)
     copy = (here / 'source/model.safetensors').stat().st_size
     largest = 4 * dims.vocab_size * dims.width
-    print(f'weights {copy / 2**20:.0f} MiB in float32, the largest tensor {largest / 2**20:.0f} MiB')
+    print(f'Whisper: {copy / 2**20:.0f} MiB in float32, the largest tensor {largest / 2**20:.0f} MiB')
     for kind, source in sources.items():
       for dtype in ('float32', 'float16'):
-        floor = peak(floors[kind], here / f'{kind}-{dtype}-small', dtype)
-        found = peak(source, here / f'{kind}-{dtype}', dtype)
-        print(f'{kind:>6} -> hf {dtype}: peak {found / 2**20:5.0f} MiB, floor {floor / 2**20:4.0f} MiB, above it '
-              f'{(found - floor) / copy:.2f} copies of the weights')
+        floor = peak(floors[kind], f'hf:{here / f"{kind}-{dtype}-small"}', f'--dtype={dtype}')
+        show(f'{kind} -> hf {dtype}', peak(source, f'hf:{here / f"{kind}-{dtype}"}', f'--dtype={dtype}'), floor, copy)
 
 
 if __name__ == '__main__':
