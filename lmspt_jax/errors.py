@@ -36,15 +36,18 @@ class LmsptError(Exception):
   """
 
   def __init__(self, message: str):
-    line = ' '.join(message.split())
-    if len(line) > MAX_MESSAGE:
-      line = f'{line[:MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 4:]}'
-    super().__init__(line if line.isprintable() else ''.join(
-      c if c.isprintable() else c.encode('unicode_escape').decode() for c in line))
+    line = _cut(' '.join(message.split()))
+    if not line.isprintable():
+      line = _cut(''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in line))
+    super().__init__(line)
 
 
 class Interrupted(Exception):
   """Training was told to stop and has saved; running the same command again goes on."""
+
+
+def _cut(line: str) -> str:
+  return line if len(line) <= MAX_MESSAGE else f'{line[:MAX_MESSAGE // 2]} ... {line[-MAX_MESSAGE // 4:]}'
 
 
 def shown(value: Any) -> str:

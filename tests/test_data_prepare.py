@@ -332,7 +332,7 @@ def test_bad_dataset_json_is_named(tmp_path):
   path = tmp_path / 'dataset.json'
   content = json.loads(path.read_text())
   content['shards'][0]['name'] = '../../train-00000-of-00001.arrayrecord'
-  for text, message in [(json.dumps(content), 'bad name or size'), ('{', "can't be read as JSON"),
+  for text, message in [(json.dumps(content), 'bad name or size'), ('{', 'not JSON'),
                         ('{}', 'not written by'), ('{"format": "lmspt-dataset", "version": 2}', 'fields are missing'),
                         ('{"format": "lmspt-dataset", "version": 1}', 'another version of the format')]:
     path.write_text(text)

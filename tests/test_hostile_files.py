@@ -374,7 +374,8 @@ def test_no_pickle_is_run_wherever_it_stands(valid, tmp_path, monkeypatch):
 def test_messages_are_one_line_of_what_a_terminal_shows():
   error = LmsptError('a\nb\r\n  c \x1b[31m \ud800 \u202e ' + 'x' * 5000 + ' way out')
   assert str(error).startswith(r'a b c \x1b[31m \ud800 \u202e xxx') and str(error).endswith('way out')
-  assert len(str(error)) < MAX_MESSAGE + 10 and str(error).isprintable()
+  for text in (str(error), str(LmsptError('\0' * 10_000))):
+    assert len(text) < MAX_MESSAGE + 10 and text.isprintable()
   assert str(copy.copy(error)) == str(error)
 
 
