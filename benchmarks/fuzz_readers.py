@@ -363,9 +363,10 @@ def main() -> int:
         rows[name].append(row)
         if row['faults'] or args.file is not None:
           print(row, file=sys.stderr, flush=True)
-      if args.rows:
-        args.rows.mkdir(parents=True, exist_ok=True)
-        (args.rows / f'{name}.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows[name]))
+        if args.rows:
+          args.rows.mkdir(parents=True, exist_ok=True)
+          with (args.rows / f'{name}.jsonl').open('a') as file:
+            file.write(json.dumps(row) + '\n')
       print(table({name: rows[name]}).splitlines()[-1], file=sys.stderr, flush=True)
   print(f'{table(rows)}\n\n{time.strftime("%Y-%m-%d")}, {(time.monotonic() - started) / 60:.0f} minutes')
   return int(any(row['faults'] for found in rows.values() for row in found))

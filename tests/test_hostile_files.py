@@ -21,6 +21,7 @@ from fuzz_readers import READERS, Plan, campaign, load_seeds, make_seeds
 
 from lmspt_jax.config import ExperimentConfig, ModelConfig, from_dict, to_dict
 from lmspt_jax.convert.safetensors_file import SafetensorsFile
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.errors import MAX_MESSAGE, LmsptError, nearest, shown
 from lmspt_jax.files import open_plain, parse_json, read_json, read_plain
 from lmspt_jax.models.whisper_decoding import WhisperVocabulary
@@ -168,9 +169,9 @@ def test_a_member_that_says_more_than_the_file_has(valid):
   folder = valid('openai')
   data = bytearray((folder / 'a.pt').read_bytes())
   entry = data.rindex(b'PK\1\2', 0, data.index(b'archive/data.pkl', data.index(b'PK\1\2')))
-  data[entry + 20:entry + 28] = struct.pack('<II', 1 << 30, 1 << 30)
+  data[entry + 20:entry + 28] = struct.pack('<II', 1 << 20, 1 << 20)
   (folder / 'a.pt').write_bytes(data)
-  refused('openai', folder, 'archive/data.pkl says 1073741824 bytes')
+  refused('openai', folder, 'archive/data.pkl says 1048576 bytes')
 
 
 def test_two_members_of_one_name(valid):
@@ -325,6 +326,16 @@ def test_columns_of_one_name_and_notes_that_are_nested(valid):
   assert READERS['parquet'].read(folder) == 0
   pq.write_table(table.append_column('audio', table.column('audio')), path)
   refused('parquet', folder, 'two of its columns have one name')
+
+
+def test_a_footer_that_says_more_rows_than_there_are(valid, monkeypatch):
+  from lmspt_jax.data.sources import open_source, parquet
+  folder = valid('parquet')
+  source = open_source(f'parquet:{folder}/*.parquet')
+  monkeypatch.setattr(parquet._File, 'whole', lambda self, group: pa.chunked_array([pa.array([], pa.binary())]))
+  with pytest.raises(AudioError, match='damaged row group') as error:
+    source[0]
+  assert error.value.reason == 'corrupt record'
 
 
 @pytest.mark.parametrize('body', [

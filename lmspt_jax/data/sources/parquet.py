@@ -109,7 +109,7 @@ class _Reader:
         value = file.page_by_page(group, offset)
       else:
         value = self._group(path, file, group)[offset]
-    except (OSError, pa.ArrowException) as error:
+    except (OSError, IndexError, pa.ArrowException) as error:  # IndexError: fewer rows than the footer says
       raise _damage(f'{name}: damaged row group', error) from error
     if not value.is_valid:
       raise AudioError(f'{name}: {_NO_BYTES}', 'missing')

@@ -97,7 +97,7 @@ def _pax(body: bytes) -> dict[str, str]:
     length = int(digits) if digits.isdigit() else 0
     record = body[position + len(digits) + 1:position + length]
     key, equals, value = record.partition(b'=')
-    if length < 5 or not space or not equals or not value.endswith(b'\n') or position + length > len(body):
+    if not space or not equals or not value.endswith(b'\n') or position + length > len(body):
       raise ValueError('an extended header that does not follow the format')
     found[_text(key)] = _text(value[:-1])
     position += length
