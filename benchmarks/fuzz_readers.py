@@ -52,7 +52,7 @@ PROCESSOR_SECONDS, CLOCK_SECONDS, START_SECONDS = 1.0, 20.0, 120.0
 RESIDENT, ADDRESSES = 256 << 20, 2 << 30  # bytes that a file may cost
 MAX_TEXT = 2000  # characters of a message
 _COLLECT = 25  # files between two collections of garbage
-_WARM_UP = 12  # hostile files that are not counted
+_WARM_UP = 6  # hostile files that are not counted
 
 # ---------------------------------------------------------------- a folder with one thing in it changed
 

@@ -72,8 +72,9 @@ class CheckpointStore:
     folder = Path(workdir).absolute() / FOLDER
     try:
       folder.mkdir(parents=True, exist_ok=True)
-      for path in folder.glob(f'[0-9]*/{_STEP_METADATA}'):  # of every step, and read at once
-        read_json(path)
+      for path in folder.glob(f'*/{_STEP_METADATA}'):  # of every step, and read at once
+        if path.parent.name.isdigit():  # else half-written
+          read_json(path)
       self._checkpointer = training.Checkpointer(
           folder, preservation_policy=policy, cleanup_tmp_directories=keep is not None,
           save_decision_policy=training.save_decision_policies.FixedIntervalPolicy(1), context=context)

@@ -60,7 +60,7 @@ def refused(name: str, folder: Path, *words: str) -> str:
 # ---------------------------------------------------------------- at random
 
 
-@pytest.mark.parametrize('readers, files', [(tuple(name for name in READERS if name != SLOW), 100), ((SLOW,), 40)],
+@pytest.mark.parametrize('readers, files', [(tuple(name for name in READERS if name != SLOW), 60), ((SLOW,), 20)],
                          ids=['all but runs', 'runs'])
 def test_hostile_files_are_refused_in_one_line(seeds, readers, files):
   rows = list(campaign(seeds, Plan(readers, files, seed=1)))
@@ -78,7 +78,7 @@ def test_the_same_seed_gives_the_same_files(seeds, tmp_path):
     for number in range(20):
       for side in ('a', 'b'):
         (tmp_path / side).mkdir()
-        change(READERS[name], load_seeds(seeds / name), tmp_path / copy, random.Random(number))
+        change(READERS[name], load_seeds(seeds / name), tmp_path / side, random.Random(number))
       a, b = ({path.name: path.read_bytes() for path in (tmp_path / side).iterdir()
                if path.is_file() and path.stat().st_size < 1 << 30} for side in ('a', 'b'))
       assert a == b and a, (name, number)
@@ -225,6 +225,10 @@ def test_arrays_that_their_files_could_not_hold(valid, monkeypatch):
 def test_metadata_of_checkpoints(valid):
   folder = valid('run')
   path = folder / 'checkpoints/3/_CHECKPOINT_METADATA'
+  begun = folder / 'checkpoints/4.orbax-checkpoint-tmp'
+  begun.mkdir()
+  (begun / path.name).write_text('{')  # cut short by a kill
+  READERS['run'].read(folder)
   rewritten(path, lambda content: content.update(init_timestamp_nsecs='x'))
   refused('run', folder, 'checkpoints: the _CHECKPOINT_METADATA of a checkpoint in it', 'delete that checkpoint')
 

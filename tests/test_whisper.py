@@ -334,7 +334,7 @@ def test_an_openai_file_never_runs_its_pickle(tmp_path, monkeypatch):
     (b'Nr\xff\xff\xff\x7f.', "no 'dims'"),  # a place past 2^31 to keep a value: Python's reader would take 34 GB
     (b'\x8e' + struct.pack('<Q', 1 << 40) + b'.', 'bytes'),
     (b'}' * 500_000 + b'.', 'more than 400000 operations'),
-    # A key whose hash would end the process.
+    # Of a key nested a million deep the hash alone ends the process.
     (b'}N' + b'\x85' * 90_000 + b'Ns.', 'entries of what is no dictionary of texts'),
     # 2^90 values, were they written out.
     (b'}(X\4\0\0\0dims}X\6\0\0\0n_melsN' + b'q\0h\0\x86' * 90 + b'sX\x10\0\0\0model_state_dict}u.', 'n_mels = (('),
