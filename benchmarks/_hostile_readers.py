@@ -56,6 +56,27 @@ def _read_release(folder: Path) -> int:
   return 0
 
 
+def _make_export(folder: Path, variant: int) -> None:
+  from lmspt_jax.config import ExperimentConfig
+  from lmspt_jax.convert.release_file import read_release
+  from lmspt_jax.pretrained.folder import write_folder
+  from lmspt_jax.pretrained.model import TrainedModel
+  from lmspt_jax.pretrained.provenance import Provenance
+  _make_release(folder, 0)
+  found = read_release(folder / 'a.safetensors')
+  (folder / 'a.safetensors').unlink()
+  data = [{'uri': 'folder:a', 'split': 'train', 'where': '', 'utterances': 3, 'hours': 0.5, 'licenses': ['CC0-1.0']}]
+  known = Provenance('CC0-1.0', data * variant, {'held_out/mel': 1.5})
+  write_folder(folder, TrainedModel(ExperimentConfig(model=found.config), found.params, found.codebooks,
+                                    trace=lambda: known))
+
+
+def _read_export(folder: Path) -> int:
+  from lmspt_jax.pretrained.loading import load
+  load(folder)
+  return 0
+
+
 def _make_hugging_face(folder: Path, variant: int) -> None:
   from _whisper_files import named, small_params, write_hugging_face
 
@@ -298,6 +319,8 @@ def _rewrite_table(path: Path, rng: random.Random) -> None:
 
 READERS: dict[str, Reader] = {
     'release': Reader(_make_release, {'*.safetensors': 'safetensors'}, _read_release),
+    'export': Reader(_make_export, {'*.md': '', 'SHA256SUMS': 'bytes', '*.json': 'json',
+                                    '*.safetensors': 'safetensors'}, _read_export),
     'hugging-face': Reader(_make_hugging_face, {'*.json': 'json', '*.safetensors': 'safetensors'}, _whisper('hf:{}')),
     'ctranslate2': Reader(_make_ctranslate2, {'*.bin': 'ctranslate2'}, _whisper('ctranslate2:{}')),
     'openai': Reader(_make_openai, {'*.pt': 'zip'}, _whisper('openai:{}/a.pt')),

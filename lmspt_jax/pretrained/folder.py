@@ -71,7 +71,7 @@ def write_export(out: str | Path, model: TrainedModel, kind: str, write: Callabl
 def is_export(folder: Path) -> bool:
   """Whether a folder was written by `write_export`, as far as its config.json says."""
   path = folder / CONFIG
-  return path.is_file() and _read(path).get('format') == FORMAT
+  return os.path.lexists(path) and _read(path).get('format') == FORMAT
 
 
 def read_folder(folder: Path) -> TrainedModel:
