@@ -110,7 +110,7 @@ def _decoder(graph: _Graph, z_BTC: str, decoder: Decoder) -> None:
   short = 0  # steps that odd rates have left out so far; it does not depend on T
   for block in decoder.blocks:
     x = _upsample(graph, _snake(graph, x, block.snake), block.upsample)
-    short = short * block.upsample.rate + sum(_trimmed(block.upsample)) - block.upsample.rate
+    short = short * block.upsample.rate + sum(block.upsample.trimmed) - block.upsample.rate
     for unit in block.units:
       x = _unit(graph, x, unit)
   x = graph.add('Tanh', _conv(graph, _snake(graph, x, decoder.snake_out), decoder.conv_out))
@@ -142,12 +142,7 @@ def _conv(graph: _Graph, x: str, conv: Conv1d) -> str:
 def _upsample(graph: _Graph, x: str, upsample: Upsample1d) -> str:
   return graph.add('ConvTranspose', x, graph.array(_kernel(upsample, 1).transpose(1, 2, 0)),
                    graph.array(upsample.bias[...]), kernel_shape=[2 * upsample.rate], strides=[upsample.rate],
-                   pads=list(_trimmed(upsample)))
-
-
-def _trimmed(upsample: Upsample1d) -> tuple[int, int]:
-  """Steps that are cut off at the start and the end."""
-  return (0, upsample.rate) if upsample.causal else (-(-upsample.rate // 2),) * 2
+                   pads=list(upsample.trimmed))
 
 
 def _kernel(conv: Conv1d | Upsample1d, axis: int) -> np.ndarray:

@@ -6,9 +6,15 @@ All convolutions are weight-normalised as in the release: parameters `weight_v` 
 the kernel is g * v / |v|, the norm taken over every axis but PyTorch's first. That is the output channel of a
 convolution and the *input* channel of a transposed one (arXiv 1602.07868; torch.nn.utils.weight_norm, dim=0).
 
+A layer without `weight_g` is folded (`folding`): its `weight_v` is the kernel, and it convolves in the `steady` form.
+
 Kernels start as PyTorch's convolutions do, uniform within 1/sqrt(fan in); biases start at 0.
 
 `dtype` is that of activations; parameters are float32, and so are normalised kernels and Snake's arithmetic.
+
+`steps_B` says where each item of a batch ends if that is before the end of the array. A convolution with more than one
+tap reads zeros from there on, as it does past the end of an array, so that an item's steps do not depend on what
+follows it; what a layer returns past an item's end is arbitrary. `steps_after` of a layer is where its output ends.
 """
 
 from __future__ import annotations
@@ -21,7 +27,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike as DType
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
+
+from lmspt_jax.models.steady import steady_convolution
 
 # A TPU multiplies float32 in bfloat16 unless told otherwise, which would change which code is nearest.
 PRECISION = jax.lax.Precision.HIGHEST
@@ -32,12 +40,26 @@ def _uniform(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
   return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
+def until(x_BTC: Array, steps_B: Int[Array, 'B'] | None) -> Array:
+  """x with zeros from each item's end on; x itself if no ends are given."""
+  if steps_B is None:
+    return x_BTC
+  valid_BT = jnp.arange(x_BTC.shape[1]) < steps_B[:, None]
+  return jnp.where(valid_BT.reshape(*valid_BT.shape, *(1,) * (x_BTC.ndim - 2)), x_BTC, jnp.zeros((), x_BTC.dtype))
+
+
 def normalised_kernel(v_KIO: Array, g: Array, axis: int) -> Array:
   """g * v / |v| with the norm over all axes but `axis` (2: output channel, 1: input channel)."""
   others = tuple(a for a in range(3) if a != axis)
   shape = [1, 1, 1]
   shape[axis] = -1
   return v_KIO * (g.reshape(shape) / jnp.sqrt(jnp.sum(jnp.square(v_KIO), axis=others, keepdims=True)))
+
+
+def _kernel(layer: Conv1d | Upsample1d) -> Array:
+  """The kernel [K, I, O] that is applied."""
+  v_KIO = layer.weight_v[...]
+  return v_KIO if layer.weight_g is None else normalised_kernel(v_KIO, layer.weight_g[...], layer.gain_axis)
 
 
 @jax.custom_vjp
@@ -84,6 +106,8 @@ class Conv1d(nnx.Module):
   (a step sees nothing after the end of its stride), with zeros on the right up to a whole stride.
   """
 
+  gain_axis = 2  # of the kernel, that of `weight_g`
+
   def __init__(self, in_channels: int, out_channels: int, kernel_size: int, *, rngs: nnx.Rngs, stride: int = 1,
                dilation: int = 1, padding: int = 0, causal: bool = False, dtype: DType = jnp.float32):
     v_KIO = _uniform(rngs.params(), (kernel_size, in_channels, out_channels), in_channels * kernel_size)
@@ -93,16 +117,24 @@ class Conv1d(nnx.Module):
     self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
     self.padding, self.causal, self.dtype = padding, causal, dtype
 
-  def __call__(self, x_BTC: Float[Array, 'B T C']) -> Float[Array, 'B S O']:
+  def steps_after(self, steps: Any) -> Any:
+    """Steps that come of a whole number of strides."""
+    return None if steps is None else steps // self.stride
+
+  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None) -> Float[Array, 'B S O']:
     x_BTC = x_BTC.astype(self.dtype)
-    kernel_KIO = normalised_kernel(self.weight_v[...], self.weight_g[...], axis=2).astype(self.dtype)
+    kernel_KIO = _kernel(self).astype(self.dtype)
     if self.kernel_size == 1 and self.stride == 1:
       y_BSO = jnp.einsum('btc,co->bto', x_BTC, kernel_KIO[0], precision=PRECISION)
       return (y_BSO + self.bias[...]).astype(self.dtype)
+    x_BTC = until(x_BTC, steps_B)
     padding = (self.padding, self.padding)
     if self.causal:
       reach = (self.kernel_size - 1) * self.dilation + 1
       padding = (reach - self.stride, -x_BTC.shape[1] % self.stride)
+    if self.weight_g is None:
+      y_BSO = steady_convolution(x_BTC, kernel_KIO, self.stride, self.dilation, padding, PRECISION)
+      return (y_BSO + self.bias[...]).astype(self.dtype)
     y_BSO = jax.lax.conv_general_dilated(
         x_BTC, kernel_KIO, (self.stride,), [padding], rhs_dilation=(self.dilation,),
         dimension_numbers=('NWC', 'WIO', 'NWC'), precision=PRECISION)
@@ -116,6 +148,8 @@ class Upsample1d(nnx.Module):
   arithmetic). Causal: rate steps are trimmed on the right.
   """
 
+  gain_axis = 1
+
   def __init__(self, in_channels: int, out_channels: int, rate: int, *, rngs: nnx.Rngs, causal: bool = False,
                dtype: DType = jnp.float32):
     # PyTorch reads a transposed kernel's fan in off its second axis, the output channels.
@@ -125,10 +159,19 @@ class Upsample1d(nnx.Module):
     self.bias = nnx.Param(jnp.zeros((out_channels,), jnp.float32))
     self.rate, self.causal, self.dtype = rate, causal, dtype
 
-  def __call__(self, x_BTC: Float[Array, 'B T C']) -> Float[Array, 'B S O']:
-    kernel_KIO = normalised_kernel(self.weight_v[...], self.weight_g[...], axis=1).astype(self.dtype)
-    y_BSO = transposed_convolution(x_BTC.astype(self.dtype), kernel_KIO, self.rate)
-    start, stop = (0, self.rate) if self.causal else (-(-self.rate // 2),) * 2
+  @property
+  def trimmed(self) -> tuple[int, int]:
+    """Steps that are cut off at the start and at the end."""
+    return (0, self.rate) if self.causal else (-(-self.rate // 2),) * 2
+
+  def steps_after(self, steps: Any) -> Any:
+    """Steps that come of `steps`; of 0, none or fewer."""
+    return None if steps is None else (steps + 1) * self.rate - sum(self.trimmed)
+
+  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None) -> Float[Array, 'B S O']:
+    kernel_KIO = _kernel(self).astype(self.dtype)
+    y_BSO = transposed_convolution(until(x_BTC, steps_B).astype(self.dtype), kernel_KIO, self.rate)
+    start, stop = self.trimmed
     return (y_BSO[:, start : y_BSO.shape[1] - stop] + self.bias[...]).astype(self.dtype)
 
 
@@ -171,8 +214,8 @@ class ResidualUnit(nnx.Module):
     self.snake_out = Snake(channels)
     self.conv_out = Conv1d(channels, channels, 1, causal=causal, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x_BTC: Float[Array, 'B T C']) -> Float[Array, 'B T C']:
-    return x_BTC + self.conv_out(self.snake_out(self.conv_in(self.snake_in(x_BTC))))
+  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None) -> Float[Array, 'B T C']:
+    return x_BTC + self.conv_out(self.snake_out(self.conv_in(self.snake_in(x_BTC), steps_B)))
 
 
 def fit_length(x_BN: Float[Array, 'B M'], num_samples: int) -> Float[Array, 'B N']:
@@ -181,6 +224,6 @@ def fit_length(x_BN: Float[Array, 'B M'], num_samples: int) -> Float[Array, 'B N
   return jnp.pad(x_BN, ((0, 0), (0, missing))) if missing > 0 else x_BN[:, :num_samples]
 
 
-def recomputed(module: Callable[[Array], Any], wanted: bool) -> Callable[[Array], Any]:
-  """`module`, of whose forward pass only the input is kept for the backward pass if `wanted`."""
-  return jax.checkpoint(lambda x: module(x)) if wanted else module
+def recomputed(module: Callable[..., Any], wanted: bool) -> Callable[..., Any]:
+  """`module`, of whose forward pass only the inputs are kept for the backward pass if `wanted`."""
+  return jax.checkpoint(lambda *inputs: module(*inputs)) if wanted else module

@@ -1,6 +1,9 @@
 """The speech tokenizer: what is said in codebook 0, how it sounds in the others.
 
 Axes: B batch, N samples, M samples at the resynthesis rate, T frames, C latent channels, K codebooks.
+
+Where items are shorter than the array, `frames_B` gives their numbers of frames: what an item's frames become is then
+what they would become in an array that ends there. Codes past that are arbitrary, samples are 0.
 """
 
 from __future__ import annotations
@@ -67,53 +70,55 @@ class SpeechTokenizer(nnx.Module):
     Raises:
       ValueError: N is not a multiple of the hop.
     """
-    semantic, acoustic = self._quantize(audio_BN, active_B, attached_subtraction)
+    semantic, acoustic = self._quantize(audio_BN, None, active_B, attached_subtraction)
     return TokenizerOutput(
         audio=self._main(semantic.quantized + acoustic.quantized),
         resynthesis=self._auxiliary(semantic.quantized), semantic=semantic, acoustic=acoustic)
 
-  def encode(self, audio_BN: Float[Array, 'B N']) -> Int[Array, 'B K T']:
+  def encode(self, audio_BN: Float[Array, 'B N'], frames_B: Int[Array, 'B'] | None = None) -> Int[Array, 'B K T']:
     """Waveform to codes, semantic first; N a multiple of the hop, T = N / hop."""
-    semantic, acoustic = self._quantize(audio_BN, None, False)
+    semantic, acoustic = self._quantize(audio_BN, frames_B, None, False)
     return jnp.concatenate([semantic.codes, acoustic.codes], axis=-1).transpose(0, 2, 1)
 
-  def decode(self, codes_BKT: Int[Array, 'B K T']) -> Float[Array, 'B N']:
+  def decode(self, codes_BKT: Int[Array, 'B K T'], frames_B: Int[Array, 'B'] | None = None) -> Float[Array, 'B N']:
     """All codebooks (or the first K) to speech, N = T * hop. A negative code adds nothing."""
     codes_BTK = codes_BKT.transpose(0, 2, 1)
     z_BTC = self.semantic_quantizer.lookup(codes_BTK[..., :1])
     if codes_BTK.shape[-1] > 1:
       z_BTC = z_BTC + self.acoustic_quantizer.lookup(codes_BTK[..., 1:])
-    return self._main(z_BTC)
+    return self._main(z_BTC, frames_B)
 
   def decode_semantic(self, codes_BKT: Int[Array, 'B K T']) -> Float[Array, 'B N']:
     """The semantic codebook alone through the main decoder."""
     return self.decode(codes_BKT[:, :1])
 
-  def resynthesize(self, codes_BKT: Int[Array, 'B K T']) -> Float[Array, 'B M']:
+  def resynthesize(self, codes_BKT: Int[Array, 'B K T'],
+                   frames_B: Int[Array, 'B'] | None = None) -> Float[Array, 'B M']:
     """The semantic codebook alone through the auxiliary decoder, at `resynthesis_sample_rate`."""
-    return self._auxiliary(self.semantic_quantizer.lookup(codes_BKT[:, :1].transpose(0, 2, 1)))
+    return self._auxiliary(self.semantic_quantizer.lookup(codes_BKT[:, :1].transpose(0, 2, 1)), frames_B)
 
-  def _quantize(self, audio_BN: Array, active_B: Array | None,
+  def _quantize(self, audio_BN: Array, frames_B: Array | None, active_B: Array | None,
                 attached: bool) -> tuple[QuantizerOutput, QuantizerOutput]:
     if audio_BN.ndim != 2 or audio_BN.shape[1] % self.config.hop:
       raise ValueError(f'audio of shape {audio_BN.shape}: give [batch, samples] with samples a multiple of the hop, '
                        f'{self.config.hop} (right-pad with zeros)')
-    latent = self.semantic_encoder(audio_BN)
+    samples_B = None if frames_B is None else frames_B * self.config.hop
+    latent = self.semantic_encoder(audio_BN, samples_B)
     semantic = self.semantic_quantizer(latent)
     if not self.config.shared_encoder:
-      latent = self.acoustic_encoder(audio_BN)
+      latent = self.acoustic_encoder(audio_BN, samples_B)
     if self.config.subtract_semantic:
       z_semantic = semantic.quantized
       latent = latent - (z_semantic if attached else jax.lax.stop_gradient(z_semantic))
     return semantic, self.acoustic_quantizer(latent, active_B)
 
-  def _main(self, z_BTC: Array) -> Array:
-    return fit_length(self.decoder(z_BTC), z_BTC.shape[1] * self.config.hop)
+  def _main(self, z_BTC: Array, frames_B: Array | None = None) -> Array:
+    return fit_length(self.decoder(z_BTC, frames_B), z_BTC.shape[1] * self.config.hop)
 
-  def _auxiliary(self, z_BTC: Array) -> Array:
+  def _auxiliary(self, z_BTC: Array, frames_B: Array | None = None) -> Array:
     config = self.config
     samples = z_BTC.shape[1] * config.hop * config.resynthesis_sample_rate // config.sample_rate
-    return fit_length(self.resynthesis_decoder(z_BTC), samples)
+    return fit_length(self.resynthesis_decoder(z_BTC, frames_B), samples)
 
 
 def split_tokenizer(module: SpeechTokenizer) -> tuple[nnx.GraphDef, dict, dict]:

@@ -1,0 +1,32 @@
+"""A model for inference: kernels as they are applied, in place of a direction and a gain each.
+
+Weight normalisation inside a compiled program is work at every call, and XLA:CPU's sum over a large kernel depends on
+the number of threads in its last bits. Here it is done once, in numpy and float64. Layers that hold a folded kernel
+convolve in the `steady` form.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import numpy as np
+from flax import nnx
+
+from lmspt_jax.config import ModelConfig
+from lmspt_jax.models.layers import Conv1d, Upsample1d
+from lmspt_jax.models.tokenizer import merge_tokenizer, split_tokenizer
+
+
+def folded_tokenizer(config: ModelConfig, params: dict[str, Any],
+                     codebooks: dict[str, Any]) -> tuple[nnx.GraphDef, dict, dict]:
+  """`split_tokenizer` of the model around these arrays, every `weight_v` being the kernel float32 [K, I, O]."""
+  module = merge_tokenizer(config, params, codebooks)
+  for _, layer in nnx.iter_modules(module):
+    if isinstance(layer, Conv1d | Upsample1d):
+      v_KIO = np.asarray(layer.weight_v[...], np.float64)
+      others = tuple(axis for axis in range(3) if axis != layer.gain_axis)
+      gain = np.asarray(layer.weight_g[...], np.float64).reshape([-1 if a == layer.gain_axis else 1 for a in range(3)])
+      kernel_KIO = v_KIO * (gain / np.sqrt(np.sum(np.square(v_KIO), axis=others, keepdims=True)))
+      layer.weight_v = nnx.Param(kernel_KIO.astype(np.float32))
+      layer.weight_g = None
+  return split_tokenizer(module)

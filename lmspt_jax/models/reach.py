@@ -1,0 +1,68 @@
+"""How far a frame of the codec sees: its receptive field, from the config.
+
+Layer by layer from the output back to the input, an interval of steps becomes the interval that it is computed from.
+Reference for the layers' padding: `models/layers.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import NamedTuple
+
+from lmspt_jax.config import ModelConfig
+
+
+class Reach(NamedTuple):
+  """Frame t depends on frames t - left to t + right, and on no others."""
+
+  left: int
+  right: int
+
+
+def encoder_reach(config: ModelConfig) -> Reach:
+  """Of codes in frames of samples."""
+  first, last = encoder_samples(config)
+  return Reach(-(first // config.hop), last // config.hop)
+
+
+def encoder_samples(config: ModelConfig) -> tuple[int, int]:
+  """First and last sample that the codes of frame 0 depend on; the frame itself is samples 0 to hop - 1."""
+  first, last = _same(0, 0, 3, 1, config.causal)
+  for stride in reversed(config.encoder_strides):
+    before = stride if config.causal else -(-stride // 2)  # steps of padding, of 2 * stride taps
+    first, last = first * stride - before, last * stride - before + 2 * stride - 1
+    first, last = _units(first, last, config)
+  return _same(first, last, 7, 1, config.causal)
+
+
+def decoder_reach(config: ModelConfig) -> Reach:
+  """Of the main decoder's samples, a hop of them a frame, in frames of codes."""
+  return _decoder(config, config.decoder_rates)
+
+
+def resynthesis_reach(config: ModelConfig) -> Reach:
+  """Of the auxiliary decoder's samples."""
+  return _decoder(config, config.resynthesis_rates)
+
+
+def _decoder(config: ModelConfig, rates: tuple[int, ...]) -> Reach:
+  first, last = _same(0, math.prod(rates) - 1, 7, 1, config.causal)
+  for rate in reversed(rates):
+    first, last = _units(first, last, config)
+    trimmed = 0 if config.causal else -(-rate // 2)
+    # 2 * rate taps: an untrimmed step comes of the input step in whose place it is and of the one before.
+    first, last = (first + trimmed) // rate - 1, (last + trimmed) // rate
+  first, last = _same(first, last, 7, 1, config.causal)
+  return Reach(-first, last)
+
+
+def _units(first: int, last: int, config: ModelConfig) -> tuple[int, int]:
+  for dilation in config.dilations:
+    first, last = _same(first, last, 7, dilation, config.causal)
+  return first, last
+
+
+def _same(first: int, last: int, taps: int, dilation: int, causal: bool) -> tuple[int, int]:
+  """Through a convolution that keeps the number of steps."""
+  width = (taps - 1) * dilation
+  return (first - width, last) if causal else (first - width // 2, last + width // 2)
