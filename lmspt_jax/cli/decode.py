@@ -25,7 +25,7 @@ def run(args: argparse.Namespace) -> int:
   pairs = outputs.plan(args.codes, args.out, '.wav')
   read = [(source, target, read_codes(source)) for source, target in pairs]  # small: all faults before the model
 
-  from lmspt_jax.data.audio_io import write_wav
+  from lmspt_jax.data.audio_io import write_wav_blocks
   from lmspt_jax.inference.tokenizer import Tokenizer
 
   tokenizer = Tokenizer.from_pretrained(args.model)
@@ -37,9 +37,9 @@ def run(args: argparse.Namespace) -> int:
       raise LmsptError(f'{source}: codes of model {codes.model_hash}, not of {args.model} ({tokenizer.model_hash}); '
                        'use the model that made them, or --any-model')
     try:
-      audio_N = tokenizer.decode(codes, path=args.path)
+      blocks = tokenizer.decode_blocks(codes, path=args.path)
     except LmsptError as error:
       raise LmsptError(f'{source}: {error}') from error
-    write_wav(target, audio_N, rate)
-    print(f'{target}: {len(audio_N) / rate:.2f} s at {rate} Hz')
+    samples = write_wav_blocks(target, blocks, rate)
+    print(f'{target}: {samples / rate:.2f} s at {rate} Hz')
   return 0

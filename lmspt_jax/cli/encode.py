@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 
 from lmspt_jax.cli import flags, outputs
+from lmspt_jax.data.faults import AudioError
 from lmspt_jax.errors import LmsptError
 
 
@@ -15,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  from lmspt_jax.data.audio_io import open_audio, read_audio
+  from lmspt_jax.data.audio_io import MAX_FRAMES, open_audio, read_blocks
 
   pairs = outputs.plan(args.audio, args.out, '.npz')
   for source, _ in pairs:  # headers only: a wrong file is found before the model is loaded
@@ -26,11 +27,14 @@ def run(args: argparse.Namespace) -> int:
 
   tokenizer = Tokenizer.from_pretrained(args.model)
   for source, target in pairs:
-    audio_NC, sample_rate = read_audio(source, name=str(source))
-    try:
-      codes = tokenizer.encode(audio_NC.T, sample_rate=sample_rate)
-    except LmsptError as error:
-      raise LmsptError(f'{source}: {error}') from error
+    with open_audio(source, name=str(source)) as file:
+      blocks = (block_NC.T for block_NC in read_blocks(file, 0, MAX_FRAMES, name=str(source)))
+      try:
+        codes = tokenizer.encode_blocks(blocks, sample_rate=file.samplerate)
+      except AudioError:  # names the file
+        raise
+      except LmsptError as error:
+        raise LmsptError(f'{source}: {error}') from error
     write_codes(target, codes, max(tokenizer.codebook_sizes))
     seconds = codes.num_samples / codes.sample_rate
     print(f'{target}: {codes.ids.shape[0]} codebooks x {codes.ids.shape[1]} frames, {seconds:.2f} s')

@@ -1,37 +1,43 @@
 """A trained tokenizer, ready to use: recordings of any rate and channel count to codes, codes to speech.
 
-Axes: C channels, N samples, K codebooks, T frames; B, a batch, is always 1 here.
+Axes: C channels, N samples, K codebooks, T frames, V samples a frame; B rows of a program.
 """
 
 from __future__ import annotations
 
 import functools
+import math
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
 import numpy as np
+from flax import nnx
 
 from lmspt_jax.config import ModelConfig
-from lmspt_jax.data.audio_io import MAX_CHANNELS, MAX_RATE, MIN_RATE, to_mono_at
+from lmspt_jax.data.audio_io import MAX_CHANNELS, MAX_RATE, MIN_RATE, mono_blocks
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.inference.codes import Codes
-from lmspt_jax.models.tokenizer import merge_tokenizer
+from lmspt_jax.inference.windows import WindowedProgram
+from lmspt_jax.models.folding import folded_tokenizer
+from lmspt_jax.models.reach import decoder_reach, encoder_reach, resynthesis_reach
 from lmspt_jax.pretrained.loading import load
 from lmspt_jax.pretrained.model import TrainedModel
 
 __all__ = ['PATHS', 'Codes', 'Tokenizer']
 
-# Ways from codes to speech, and the model's method for each.
-PATHS = {'full': 'decode', 'semantic': 'decode_semantic', 'resynthesis': 'resynthesize'}
+# Ways from codes to speech.
+PATHS = ('full', 'semantic', 'resynthesis')
+# Windows in one call of a program. A CPU is busy with one; an accelerator is not.
+_ROWS, _ROWS_ON_CPU = 4, 1
 
 
 class Tokenizer:
   """Encodes and decodes speech with one model.
 
-  Nothing is padded beyond the last whole frame: the codec's convolutions see past the end of the recording, so
-  codes near it would change with the padding. Every different number of frames is therefore compiled once.
+  The same recording gives the same codes, and the same codes the same speech, alone or in a list, as an array or in
+  blocks, on one device or several (docs/same_tokens.md). Half a dozen sizes of window are compiled, when first needed.
   """
 
   def __init__(self, model: TrainedModel):
@@ -39,7 +45,8 @@ class Tokenizer:
     self.model = model
     self.config = model.config
     self.params, self.codebooks = model.params, model.codebooks
-    self._apply = functools.cache(self._compile)
+    self._program = functools.cache(self._make_program)
+    self._weights = functools.cache(lambda device: jax.device_put(self._folded[1:], device))
 
   @classmethod
   def from_pretrained(cls, model: str | os.PathLike, config: ModelConfig | None = None) -> Tokenizer:
@@ -108,20 +115,27 @@ class Tokenizer:
     Raises:
       LmsptError: no samples, NaN or infinite samples, not floats, a shape or a sample rate that can't be.
     """
-    if isinstance(audio, list | tuple) and (not audio or not np.isscalar(audio[0])):
-      return [self.encode(item, sample_rate=sample_rate) for item in audio]
-    audio_N = self._mono(np.asarray(audio), sample_rate)
-    if self.config.quirks.drop_tail:
-      num_samples = len(audio_N) // self.hop * self.hop
-      if not num_samples:
-        raise LmsptError(f'{len(audio_N)} samples at {self.sample_rate} Hz: shorter than one frame ({self.hop}), and '
-                         'this model drops the tail (quirks.drop_tail); give longer audio')
-      audio_N = audio_N[:num_samples]
-    num_samples = len(audio_N)
-    padded_N = np.pad(audio_N, (0, self.config.model.num_frames(num_samples) * self.hop - num_samples))
-    ids_BKT = self._apply('encode')(self.params, self.codebooks, padded_N[None])
-    return Codes(ids=np.asarray(ids_BKT[0], np.int32), num_samples=num_samples, sample_rate=self.sample_rate,
-                 frame_rate=self.frame_rate, model_hash=self.model_hash)
+    many = isinstance(audio, list | tuple) and (not audio or not np.isscalar(audio[0]))
+    sample_rate = self._checked_rate(sample_rate)
+    items = [self._checked(np.asarray(item)) for item in (audio if many else [audio])]
+    codes = self._encode(mono_blocks([item], sample_rate, self.sample_rate) for item in items)
+    return codes if many else codes[0]
+
+  def encode_blocks(self, blocks: Iterable[np.ndarray], *, sample_rate: int) -> Codes:
+    """`encode` of one recording of any length, in constant memory.
+
+    Args:
+      blocks: the recording in blocks of any lengths, each as `encode` takes audio.
+
+    Returns:
+      The codes of the blocks end to end.
+
+    Raises:
+      LmsptError: as `encode`.
+    """
+    sample_rate = self._checked_rate(sample_rate)
+    checked = (self._checked(np.asarray(block)) for block in blocks)
+    return self._encode([mono_blocks(checked, sample_rate, self.sample_rate)])[0]
 
   def decode(self, codes: Codes | Sequence[Codes], path: str = 'full') -> np.ndarray | list[np.ndarray]:
     """Codes to speech.
@@ -137,20 +151,94 @@ class Tokenizer:
     Raises:
       LmsptError: codes of another model, ids or lengths that can't be, an unknown path.
     """
+    many = isinstance(codes, list | tuple)
+    items = list(codes) if many else [codes]
+    program, ids = self._decoding(items, path)
+    audio = [np.zeros((item.ids.shape[1], self._hop(path)), np.float32) for item in items]
+    for item, start, samples_TV in program(ids):
+      audio[item][start:start + len(samples_TV)] = samples_TV
+    audio = [whole.reshape(-1)[:self._length(item, path)] for item, whole in zip(items, audio, strict=True)]
+    return audio if many else audio[0]
+
+  def decode_blocks(self, codes: Codes, path: str = 'full') -> Iterator[np.ndarray]:
+    """`decode` of one recording of any length, in constant memory: yields its speech in blocks."""
+    program, ids = self._decoding([codes], path)
+    length, hop = self._length(codes, path), self._hop(path)
+    return (samples_TV.reshape(-1)[:length - start * hop] for _, start, samples_TV in program(ids))
+
+  def _encode(self, recordings: Iterable[Iterable[np.ndarray]]) -> list[Codes]:
+    """Codes of recordings, each given as blocks of samples [n] at the model's rate."""
+    lengths: list[int] = []
+    parts: list[list[tuple[int, np.ndarray]]] = []
+
+    def frames() -> Iterator[Iterator[np.ndarray]]:
+      for blocks in recordings:
+        lengths.append(0)
+        parts.append([])
+        yield self._frames(blocks, lengths)
+
+    for item, start, ids_TK in self._program('encode')(frames()):
+      parts[item].append((start, ids_TK))
+    ids = [np.concatenate([ids_TK for _, ids_TK in sorted(found, key=lambda part: part[0])]).T for found in parts]
+    return [Codes(ids=np.ascontiguousarray(ids_KT), num_samples=length, sample_rate=self.sample_rate,
+                  frame_rate=self.frame_rate, model_hash=self.model_hash)
+            for ids_KT, length in zip(ids, lengths, strict=True)]
+
+  def _frames(self, blocks: Iterable[np.ndarray], lengths: list[int]) -> Iterator[np.ndarray]:
+    """Blocks of whole frames [n, hop]; adds their samples, but for padding, to the last of `lengths`."""
+    rest_N = np.zeros(0, np.float32)
+    for block_N in blocks:
+      lengths[-1] += len(block_N)
+      rest_N = np.concatenate([rest_N, block_N])
+      whole = len(rest_N) // self.hop * self.hop
+      if whole:
+        yield rest_N[:whole].reshape(-1, self.hop)
+        rest_N = rest_N[whole:]
+    if not lengths[-1]:
+      raise LmsptError('no blocks of audio: holds no samples')
+    if not self.config.quirks.drop_tail:
+      if len(rest_N):
+        yield np.pad(rest_N, (0, self.hop - len(rest_N)))[None]
+    elif lengths[-1] < self.hop:
+      raise LmsptError(f'{lengths[-1]} samples at {self.sample_rate} Hz: shorter than one frame ({self.hop}), and '
+                       'this model drops the tail (quirks.drop_tail); give longer audio')
+    else:
+      lengths[-1] -= len(rest_N)
+
+  def _decoding(self, items: list[Codes], path: str) -> tuple[WindowedProgram, Iterator[list[np.ndarray]]]:
+    """What decodes these codes, and its input."""
     if path not in PATHS:
       raise LmsptError(f'path {path!r}: use one of {", ".join(PATHS)}')
-    if isinstance(codes, list | tuple):
-      return [self.decode(item, path) for item in codes]
-    self._check(codes)
-    ids_KT = (codes.ids if path == 'full' else codes.ids[:1]).astype(np.int32)
-    audio_N = np.asarray(self._apply(PATHS[path])(self.params, self.codebooks, ids_KT[None])[0], np.float32)
-    length = codes.num_samples
-    if path == 'resynthesis':
-      length = round(length * self.resynthesis_sample_rate / self.sample_rate)
-    return np.pad(audio_N, (0, max(0, length - len(audio_N))))[:length]
+    for codes in items:
+      self._check(codes)
 
-  def _mono(self, audio: np.ndarray, sample_rate: int) -> np.ndarray:
-    """float32 [N] at the model's rate, N >= 1."""
+    def frames() -> Iterator[list[np.ndarray]]:
+      for codes in items:
+        ids_KT = (codes.ids if path == 'full' else codes.ids[:1]).astype(np.int32)
+        # A code of -1 adds nothing: one program for any number of codebooks.
+        yield [np.pad(ids_KT, ((0, self.num_codebooks - len(ids_KT)), (0, 0)), constant_values=-1).T]
+
+    return self._program('resynthesize' if path == 'resynthesis' else 'decode'), frames()
+
+  def _hop(self, path: str) -> int:
+    """Samples of decoded speech a frame."""
+    return math.prod(self.config.model.resynthesis_rates) if path == 'resynthesis' else self.hop
+
+  def _length(self, codes: Codes, path: str) -> int:
+    """Samples of decoded speech."""
+    if path == 'resynthesis':
+      return round(codes.num_samples * self.resynthesis_sample_rate / self.sample_rate)
+    return codes.num_samples
+
+  @staticmethod
+  def _checked_rate(sample_rate: float) -> int:
+    if sample_rate != int(sample_rate) or not MIN_RATE <= sample_rate <= MAX_RATE:
+      raise LmsptError(f'sample rate {sample_rate} Hz: must be a whole number, {MIN_RATE} to {MAX_RATE} Hz')
+    return int(sample_rate)
+
+  @staticmethod
+  def _checked(audio: np.ndarray) -> np.ndarray:
+    """float32 [N] or [N, C], N >= 1."""
     if audio.dtype.kind != 'f':
       raise LmsptError(f'audio of type {audio.dtype}: give floats in [-1, 1] (16-bit samples divided by 32768)')
     if audio.ndim not in (1, 2) or (audio.ndim == 2 and audio.shape[0] > MAX_CHANNELS):
@@ -159,12 +247,10 @@ class Tokenizer:
     if not audio.size:
       raise LmsptError(f'audio of shape {audio.shape}: holds no samples')
     with np.errstate(over='ignore'):  # what does not fit float32 is infinite
-      audio = audio.astype(np.float32)
+      audio = audio.astype(np.float32, copy=False)
     if not np.isfinite(audio).all():
       raise LmsptError(f'audio of shape {audio.shape}: holds NaN or infinite samples')
-    if sample_rate != int(sample_rate) or not MIN_RATE <= sample_rate <= MAX_RATE:
-      raise LmsptError(f'sample rate {sample_rate} Hz: must be a whole number, {MIN_RATE} to {MAX_RATE} Hz')
-    return to_mono_at(audio.T, int(sample_rate), self.sample_rate)
+    return audio.T
 
   def _check(self, codes: Codes) -> None:
     ids = codes.ids
@@ -186,10 +272,22 @@ class Tokenizer:
       raise LmsptError(f'num_samples {codes.num_samples}: {ids.shape[1]} frames of {self.hop} samples hold {least} to '
                        f'{most}; use the model that made them')
 
-  def _compile(self, method: str) -> Any:
-    """`(params, codebooks, array) -> array` of one of the model's methods; compiled per shape."""
+  @functools.cached_property
+  def _folded(self) -> tuple[nnx.GraphDef, dict, dict]:
+    return folded_tokenizer(self.config.model, self.params, self.codebooks)
 
-    def apply(params: dict[str, Any], codebooks: dict[str, Any], array: jax.Array) -> jax.Array:
-      return getattr(merge_tokenizer(self.config.model, params, codebooks), method)(array)
+  def _make_program(self, method: str) -> WindowedProgram:
+    """One of the model's methods: samples [n, hop] to codes [n, K], or codes to samples [n, V]."""
+    graphdef, devices = self._folded[0], jax.local_devices()
 
-    return jax.jit(apply)
+    def encode(weights: Any, audio_BTV: jax.Array, frames_B: jax.Array) -> jax.Array:
+      model = nnx.merge(graphdef, *weights)
+      return model.encode(audio_BTV.reshape(len(audio_BTV), -1), frames_B).transpose(0, 2, 1)
+
+    def decode(weights: Any, codes_BTK: jax.Array, frames_B: jax.Array) -> jax.Array:
+      audio_BN = getattr(nnx.merge(graphdef, *weights), method)(codes_BTK.transpose(0, 2, 1), frames_B)
+      return audio_BN.reshape(*codes_BTK.shape[:2], -1)
+
+    reach = {'encode': encoder_reach, 'decode': decoder_reach, 'resynthesize': resynthesis_reach}[method]
+    return WindowedProgram(encode if method == 'encode' else decode, self._weights, reach(self.config.model),
+                           rows=_ROWS_ON_CPU if devices[0].platform == 'cpu' else _ROWS, devices=devices)

@@ -9,7 +9,7 @@ import io
 import math
 import os
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
@@ -200,16 +200,44 @@ def to_mono_at(audio: np.ndarray, from_rate: int, to_rate: int) -> np.ndarray:
   """
   if min(from_rate, to_rate) < 1:
     raise LmsptError(f'sample rate {min(from_rate, to_rate)} Hz: must be positive')
-  audio = np.asarray(audio, np.float32)
-  if audio.ndim == 2:
-    audio = audio[:, 0] if audio.shape[1] == 1 else audio.mean(axis=1, dtype=np.float32)
-  if audio.ndim != 1:
-    raise LmsptError(f'audio of shape {audio.shape}: must be [samples] or [samples, channels]')
+  audio = _mono(audio)
   if from_rate == to_rate:
     return np.ascontiguousarray(audio)
   length = resampled_length(len(audio), from_rate, to_rate)
   out = soxr.resample(np.ascontiguousarray(audio), from_rate, to_rate, 'HQ')[:length]
   return np.pad(out, (0, length - len(out))) if len(out) < length else np.ascontiguousarray(out)
+
+
+def mono_blocks(blocks: Iterable[np.ndarray], from_rate: int, to_rate: int) -> Iterator[np.ndarray]:
+  """`to_mono_at` of blocks end to end, bit for bit, in constant memory; blocks may be of any lengths."""
+  slices = (_mono(block[start:start + _BLOCK]) for block in blocks for start in range(0, len(block), _BLOCK))
+  if from_rate == to_rate:
+    yield from slices
+    return
+  stream = soxr.ResampleStream(from_rate, to_rate, 1, 'float32', 'HQ')
+  given = found = 0
+  for block in slices:
+    given += len(block)
+    out = stream.resample_chunk(np.ascontiguousarray(block))
+    found += len(out)
+    yield out
+  missing = resampled_length(given, from_rate, to_rate) - found
+  out = stream.resample_chunk(np.zeros(0, np.float32), last=True)
+  yield np.pad(out, (0, max(0, missing - len(out))))[:missing]
+
+
+def _mono(audio: np.ndarray) -> np.ndarray:
+  """float32 [N], the mean of the channels of [N] or [N, channels]."""
+  audio = np.asarray(audio, np.float32)
+  if audio.ndim == 1:
+    return audio
+  if audio.ndim != 2:
+    raise LmsptError(f'audio of shape {audio.shape}: must be [samples] or [samples, channels]')
+  # Channel by channel: the order in which numpy sums many channels depends on how they lie in memory.
+  total = audio[:, 0]
+  for channel in audio.T[1:]:
+    total = total + channel
+  return total / np.float32(audio.shape[1]) if audio.shape[1] > 1 else total
 
 
 def crop_mono(file: AudioFile | PcmFile, start: int, num_samples: int, sample_rate: int, *, name: str) -> np.ndarray:
@@ -256,23 +284,42 @@ def encode_flac(audio: np.ndarray, sample_rate: int, subtype: str = 'PCM_16') ->
 
 
 def write_wav(path: str | os.PathLike, audio: np.ndarray, rate: int) -> None:
+  """`write_wav_blocks` of one array, float [N] or [N, channels]."""
+  write_wav_blocks(path, [audio], rate)
+
+
+def write_wav_blocks(path: str | os.PathLike, blocks: Iterable[np.ndarray], rate: int) -> int:
   """Writes 16-bit PCM, clipped to [-1, 1), by way of a temporary file: `path` is never half written.
 
   Args:
-    audio: float [N] or [N, channels]. 16-bit audio that was read as float comes back bit for bit.
+    blocks: of audio, at least one, float [n] or [n, channels]. 16-bit audio that was read as float comes back bit for
+      bit.
+
+  Returns:
+    Samples per channel.
 
   Raises:
-    LmsptError: NaN or infinite samples, or a folder that can't be written.
+    LmsptError: NaN or infinite samples, or a folder that can't be written; and what `blocks` raises.
   """
   path = Path(path)
-  audio = np.asarray(audio, np.float32)
-  if not np.isfinite(audio).all():
-    raise LmsptError(f'{path}: the audio holds NaN or infinite samples, so it was not written')
-  pcm = np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16)
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  written, file = 0, None
   try:
-    soundfile.write(temporary, pcm, rate, subtype='PCM_16', format='WAV')
+    for block in blocks:
+      block = np.asarray(block, np.float32)
+      if not np.isfinite(block).all():
+        raise LmsptError(f'{path}: the audio holds NaN or infinite samples, so it was not written')
+      if file is None:
+        channels = 1 if block.ndim == 1 else block.shape[1]
+        file = soundfile.SoundFile(temporary, 'w', samplerate=rate, channels=channels, subtype='PCM_16', format='WAV')
+      file.write(np.clip(np.rint(block * 32768.0), -32768, 32767).astype(np.int16))
+      written += len(block)
+    file.close()
     os.replace(temporary, path)
   except (soundfile.SoundFileError, OSError) as error:
-    temporary.unlink(missing_ok=True)
     raise LmsptError(f'{path}: can\'t be written ({_cause(error)}); check that the folder exists') from error
+  finally:
+    if file is not None:
+      file.close()
+    temporary.unlink(missing_ok=True)
+  return written
