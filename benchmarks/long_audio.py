@@ -4,7 +4,8 @@
 
 Bundled real speech end to end, again and again, as 16-bit FLAC at 48 kHz, so that it is resampled. The model is the
 demo's preset with random weights. Every command is a process of its own, measured by the kernel (peak resident memory).
-Ten minutes are also computed at once, by the module compiled for that length.
+Ten minutes are also computed at once, by the module compiled for that length: in the form that the windows compute
+(`models/folding.py`), and in the one that is trained.
 """
 
 from __future__ import annotations
@@ -31,20 +32,36 @@ write_run(sys.argv[1], model=preset('demo'))
 """
 COMPARE = """
 import sys
-import jax, numpy as np, soundfile
+import jax, jax.numpy as jnp, numpy as np, soundfile
+from flax import nnx
 from lmspt_jax import Tokenizer
 from lmspt_jax.data.audio_io import load_mono
 from lmspt_jax.inference.codes import read_codes
+from lmspt_jax.models.quantizers import l2_normalise
 from lmspt_jax.models.tokenizer import merge_tokenizer
 tokenizer = Tokenizer.from_pretrained(sys.argv[1])
-model = merge_tokenizer(tokenizer.config.model, tokenizer.params, tokenizer.codebooks)
 audio, codes = load_mono(sys.argv[2], tokenizer.sample_rate), read_codes(sys.argv[3])
 assert codes.num_samples == len(audio)
-whole = np.asarray(jax.jit(lambda x: model.encode(x))(np.pad(audio, (0, -len(audio) % tokenizer.hop))[None])[0])
-heard = np.asarray(jax.jit(lambda x: model.decode(x))(whole[None])[0])[:len(audio)]
+padded = np.pad(audio, (0, -len(audio) % tokenizer.hop))[None]
 wave = soundfile.read(sys.argv[4], dtype='float32')[0]
-print(f'{(whole != codes.ids).sum()} of {whole.size} codes differ from the whole at once; '
-      f'audio within {np.abs(wave - heard).max():.1e} (16-bit steps of 3.1e-05), peak {np.abs(heard).max():.2f}')
+plain = lambda: merge_tokenizer(tokenizer.config.model, tokenizer.params, tokenizer.codebooks)
+for name, model in (('folded as in the windows', lambda: nnx.merge(*tokenizer._folded)), ('as trained', plain)):
+  @jax.jit
+  def encode(x):
+    outputs = model()._quantize(x, None, None, False)
+    return [jnp.concatenate([getattr(o, part) for o in outputs], axis=2)[0] for part in ('codes', 'latents')]
+  ids, latents = map(np.asarray, encode(padded))
+  heard = np.asarray(jax.jit(lambda ids: model().decode(ids))(codes.ids[None])[0])[:len(audio)]
+  differs = ids != codes.ids.T
+  margins = []
+  for t in np.flatnonzero(differs.any(axis=1)):
+    k = np.flatnonzero(differs[t])[0]  # what follows in that frame follows from it
+    quantizer = [*plain().semantic_quantizer.quantizers, *plain().acoustic_quantizer.quantizers][k]
+    similarity = np.sort(l2_normalise(latents[t, k]) @ l2_normalise(quantizer.codebook[...]).T)
+    margins.append(f'{similarity[-1] - similarity[-2]:.0e}')
+  print(f'  at once, {name}: {differs.sum()} of {ids.size} codes differ, in {len(margins)} frames, whose first one had '
+        f'margins of {", ".join(margins) or "-"}; audio within {np.abs(wave - heard).max():.1e} of a peak of '
+        f'{np.abs(heard).max():.2f} (half a 16-bit step is 1.5e-05)')
 """
 
 

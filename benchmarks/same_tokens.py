@@ -47,17 +47,20 @@ def main() -> None:
   parser.add_argument('--work', type=Path, required=True)
   parser.add_argument('--presets', nargs='+', default=['demo', 'release'])
   parser.add_argument('--long', type=float, default=120, help='seconds of the long recording')
+  parser.add_argument('--recordings', type=int, help='so many of the bundled ones (default: all)')
+  parser.add_argument('--no_processes', action='store_true', help='leave out threads, devices and rows')
   parser.add_argument('--digest', help=argparse.SUPPRESS)
   args = parser.parse_args()
   if args.digest:
     return _digest(args.presets[0], args.work, *map(int, args.digest.split(',')))
   args.work.mkdir(parents=True, exist_ok=True)
   for name in args.presets:
-    _compare(name, args.work / f'{name}.safetensors', args.long)
-    _by_process(name, args.work / f'{name}.safetensors')
+    _compare(name, args.work / f'{name}.safetensors', args.long, args.recordings)
+    if not args.no_processes:
+      _by_process(name, args.work / f'{name}.safetensors')
 
 
-def _compare(name: str, weights: Path, long_seconds: float) -> None:
+def _compare(name: str, weights: Path, long_seconds: float, count: int | None) -> None:
   import _torch_tokenizer
   import safetensors.torch
   import torch
@@ -69,7 +72,7 @@ def _compare(name: str, weights: Path, long_seconds: float) -> None:
   safetensors.torch.save_model(reference, str(weights))
   tokenizer = Tokenizer.from_pretrained(weights, config)
   speech = recordings(config.sample_rate)
-  long = np.concatenate(speech)[:round(long_seconds * config.sample_rate)]
+  long, speech = np.concatenate(speech)[:round(long_seconds * config.sample_rate)], speech[:count]
   codes = tokenizer.encode([*speech, long], sample_rate=config.sample_rate)
   decoded = tokenizer.decode(codes)
   margins = _margins(tokenizer, [*speech, long])
