@@ -88,10 +88,11 @@ def test_the_same_seed_gives_the_same_files(seeds, tmp_path):
 
 # ---------------------------------------------------------------- what else lies in a file's place
 
-FILES = {'release': 'a.safetensors', 'export': 'config.json', 'hugging-face': 'model.safetensors',
-         'ctranslate2': 'model.bin', 'openai': 'a.pt', 'vocabulary': 'tokenizer.json', 'codes': 'a.npz', 'run': 'checkpoints/3/record/data.json',
-         'dataset.json': 'dataset.json', 'manifest.jsonl': 'manifest.jsonl', 'arrayrecord': 'index.parquet',
-         'webdataset': '000.tar', 'parquet': '0000.parquet'}
+FILES = {
+    'release': 'a.safetensors', 'export': 'config.json', 'hugging-face': 'model.safetensors',
+    'ctranslate2': 'model.bin', 'openai': 'a.pt', 'vocabulary': 'tokenizer.json', 'codes': 'a.npz',
+    'run': 'checkpoints/3/record/data.json', 'dataset.json': 'dataset.json', 'manifest.jsonl': 'manifest.jsonl',
+    'arrayrecord': 'index.parquet', 'webdataset': '000.tar', 'parquet': '0000.parquet'}
 
 
 @pytest.mark.parametrize('name', READERS)
