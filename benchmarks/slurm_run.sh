@@ -116,7 +116,8 @@ scontrol update JobId="$job" TimeLimit=30
 say "broken: restarts $(field "$job" Restarts), checkpoints $(checkpoints broken)"
 
 wait_for_step broken 110
-task="$(scontrol listpids "$job" | awk '$4 == 1 {print $1; exit}')"
+# The step may have been reached before the time limit stopped the job: its tasks need not have begun again.
+until task="$(scontrol listpids "$job" 2>/dev/null | awk '$4 == 1 {print $1; exit}')" && [[ -n $task ]]; do sleep 0.5; done
 say "broken: step $(step broken): kill -9 of task 1"
 before="$(starts)"
 kill -KILL "$task"
