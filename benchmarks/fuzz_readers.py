@@ -13,8 +13,8 @@ process of its own, which is started again when it dies. Of every file are looke
   foreign  another exception than LmsptError
   text     its message has more than one line, control characters, or over 2,000 characters
 
-Exit status 1 if any of these happened. The same seed gives the same files: `--file=N` reads that one alone and shows
-what is raised.
+Exit status 1 if any of these happened. The same seed gives the same files (but for runs, whose arrays' files Orbax
+names at random): `--file=N` reads that one alone and shows what is raised.
 """
 
 from __future__ import annotations

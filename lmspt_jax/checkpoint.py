@@ -36,7 +36,7 @@ _ARRAYS = 'd'  # folders of arrays; other files of a checkpoint are of text, or 
 _MAX_METADATA = 16 << 20  # bytes of such a file
 _MAX_RATIO = 100  # of arrays to their compressed files; parameters hardly shrink
 # What Orbax raises, besides OSError, for files that are not as it writes them.
-_DAMAGE = (KeyError, ValueError, TypeError, AttributeError, RecursionError)
+_DAMAGE = (KeyError, ValueError, TypeError, AttributeError, RecursionError, OverflowError)
 _LISTEN = 1.0  # seconds between two looks at a save in the background
 # What tensorstore prefixes its ValueErrors with when it is the store that fails.
 _STORE_FAULT = re.compile('(RESOURCE_EXHAUSTED|OUT_OF_RANGE|PERMISSION_DENIED|UNAUTHENTICATED|NOT_FOUND|UNAVAILABLE|'

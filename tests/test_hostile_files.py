@@ -230,8 +230,9 @@ def test_metadata_of_checkpoints(valid):
   begun.mkdir()
   (begun / path.name).write_text('{')  # cut short by a kill
   READERS['run'].read(folder)
-  rewritten(path, lambda content: content.update(init_timestamp_nsecs='x'))
-  refused('run', folder, 'checkpoints: the _CHECKPOINT_METADATA of a checkpoint in it', 'delete that checkpoint')
+  for change in ({'init_timestamp_nsecs': 'x'}, {'commit_timestamp_nsecs': 10**30}):
+    rewritten(path, lambda content, change=change: content.update(change))
+    refused('run', folder, 'checkpoints: the _CHECKPOINT_METADATA of a checkpoint in it', 'delete that checkpoint')
 
 
 def test_shapes_that_numpy_has_not(valid, tmp_path):
