@@ -35,6 +35,7 @@ from lmspt_jax.export.onnx import write_onnx
 from lmspt_jax.export.stablehlo import write_stablehlo
 from lmspt_jax.inference.codes import Codes
 from lmspt_jax.models.tokenizer import abstract_tokenizer, merge_tokenizer
+from lmspt_jax.pretrained.model import TrainedModel
 
 PIECE = 10  # seconds
 GRAPHS = ('encode', 'decode', 'resynthesis')
@@ -45,7 +46,7 @@ Graph = Callable[[np.ndarray], np.ndarray]
 def arbitrary(config: ModelConfig) -> Tokenizer:
   """A tokenizer of arbitrary weights, the same every time."""
   params, codebooks = stirred_weights(abstract_tokenizer(config)[1:])
-  return Tokenizer(ExperimentConfig(model=config), params, codebooks)
+  return Tokenizer(TrainedModel(ExperimentConfig(model=config), params, codebooks))
 
 
 def load(kind: str, folder: Path, name: str) -> Graph:

@@ -25,6 +25,7 @@ from lmspt_jax.export.onnx import write_onnx
 from lmspt_jax.export.stablehlo import write_stablehlo
 from lmspt_jax.inference.codes import Codes
 from lmspt_jax.models.tokenizer import abstract_tokenizer
+from lmspt_jax.pretrained.model import TrainedModel
 
 # An odd rate, so that the decoder comes out short; more codes than a byte holds.
 BASE = dataclasses.replace(_codec_fixture.SMALL, dilations=(1, 3),
@@ -66,14 +67,14 @@ def release(tmp_path_factory) -> tuple[Tokenizer, dict[str, Path]]:
   folders = {kind: tmp_path_factory.mktemp(kind) for kind in FORMATS}
   for kind, write in FORMATS.items():
     write(folders[kind], BASE, params, codebooks, resynthesis=True)
-  return Tokenizer(ExperimentConfig(model=BASE), params, codebooks), folders
+  return Tokenizer(TrainedModel(ExperimentConfig(model=BASE), params, codebooks)), folders
 
 
 @pytest.mark.parametrize('variant', VARIANTS)
 def test_codes_and_audio_are_the_tokenizers(variant, tmp_path):
   config = VARIANTS[variant]
   params, codebooks = stirred(config)
-  model = Tokenizer(ExperimentConfig(model=config), params, codebooks)
+  model = Tokenizer(TrainedModel(ExperimentConfig(model=config), params, codebooks))
   speech = _codec_fixture.speech()[:, :9 * config.hop - 7]  # 3 recordings, not of whole frames
   codes = model.encode(list(speech), sample_rate=model.sample_rate)
   ids = np.stack([one.ids for one in codes])

@@ -239,7 +239,9 @@ def change(field, value):
 @pytest.mark.parametrize('damage, words', [
     (change('version', 2), 'version = 2: this lmspt_jax reads 1'), (change('export', 'onnx'), 'an export to onnx'),
     (change('license', None), 'license = None'), (change('step', True), 'step = True'),
-    (change('model', {'hops': 1}), 'unknown config field hops'), (change('quirks', []), r'quirks = \[\]'),
+    (change('model', {'hops': 1}), 'unknown config field hops'), (lambda folder: change('model', json.loads(
+        (folder / 'config.json').read_text())['model'] | {'latent_dim': -8})(folder), 'model.latent_dim = -8'),
+    (change('quirks', []), r'quirks = \[\]'),
     (change('data', [{'uri': 'a'}]), 'where a corpus has uri'), (change('data', [3]), 'data has 3'),
     (change('data', [{'uri': 'a', 'split': '', 'where': '', 'hours': 'x'}]), 'hours are numbers'),
     (change('metrics', {'held_out/mel': '1'}), "metrics has 'held_out/mel' = '1'"),
@@ -249,7 +251,8 @@ def change(field, value):
     (lambda folder: (folder / 'SHA256SUMS').unlink(), 'SHA256SUMS: no such file'),
     (lambda folder: (folder / 'SHA256SUMS').write_text('\n\n'), 'SHA256SUMS says None'),
     (lambda folder: (folder / 'model.safetensors').unlink(), 'model.safetensors: no such file'),
-    (lambda folder: os.truncate(folder / 'model.safetensors', 5000), 'model.safetensors: sha256 is')])
+    (lambda folder: os.truncate(folder / 'model.safetensors', 1 << 40), 'cannot be read as safetensors'),
+    (lambda folder: os.truncate(folder / 'model.safetensors', 5000), 'cannot be read as safetensors')])
 def test_a_damaged_folder_is_one_line(copy, damage, words):
   damage(copy)
   with pytest.raises(LmsptError, match=words) as error:

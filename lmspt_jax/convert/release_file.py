@@ -153,7 +153,7 @@ def infer_config(shapes: Mapping[str, tuple[int, ...]], path: str) -> ModelConfi
       semantic=QuantizerConfig(codebook_size=size(semantic, 0, 2), code_dim=size(semantic, 1, 2)),
       acoustic=QuantizerConfig(num_codebooks=count, codebook_size=size(tables[0], 0, 2),
                                code_dim=size(tables[0], 1, 2), dropout=defaults.acoustic.dropout))
-  return _checked(config, len(shapes), path)
+  return checked_config(config, len(shapes), path)
 
 
 def _stored(tensors: _Tensors) -> tuple[ModelConfig | None, str]:
@@ -170,10 +170,10 @@ def _stored(tensors: _Tensors) -> tuple[ModelConfig | None, str]:
     config = from_dict(ModelConfig, model)
   except LmsptError as error:
     raise LmsptError(f'{tensors.path}: metadata {METADATA}: {error}') from error
-  return _checked(config, len(tensors), str(tensors.path)), license
+  return checked_config(config, len(tensors), str(tensors.path)), license
 
 
-def _checked(config: ModelConfig, num_tensors: int, path: str) -> ModelConfig:
+def checked_config(config: ModelConfig, num_tensors: int, path: str) -> ModelConfig:
   """The config, if building it costs no more than a file of so many tensors could hold."""
   try:
     config.check()

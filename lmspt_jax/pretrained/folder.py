@@ -11,6 +11,7 @@ from __future__ import annotations
 import functools
 import hashlib
 import json
+import math
 import os
 import secrets
 import shutil
@@ -18,10 +19,14 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from lmspt_jax.config import ExperimentConfig, ModelConfig, QuirksConfig, from_dict, to_dict
-from lmspt_jax.convert.release_file import read_release, write_release
+from lmspt_jax.convert.release_file import checked_config, read_release, write_release
+from lmspt_jax.convert.safetensors_file import SafetensorsFile
 from lmspt_jax.errors import LmsptError, shown
-from lmspt_jax.files import open_plain, read_json, read_plain
+from lmspt_jax.files import open_plain, read_json, read_plain, size_of
+from lmspt_jax.models.tokenizer import abstract_tokenizer
 from lmspt_jax.pretrained.card import model_card
 from lmspt_jax.pretrained.model import TrainedModel
 from lmspt_jax.pretrained.provenance import Provenance
@@ -30,6 +35,7 @@ from lmspt_jax.version import __version__
 CONFIG, CARD, SUMS, WEIGHTS = 'config.json', 'README.md', 'SHA256SUMS', 'model.safetensors'
 FORMAT, VERSION = 'lmspt-model', 1
 MAX_CONFIG = 1 << 20  # bytes; a file that is larger is none of these
+_MAX_REST = 64 << 20  # bytes of a weight file beside its arrays
 
 
 def write_folder(out: str | Path, model: TrainedModel) -> None:
@@ -94,11 +100,12 @@ def read_folder(folder: Path) -> TrainedModel:
     quirks = from_dict(QuirksConfig, get('quirks', dict))
   except LmsptError as error:
     raise LmsptError(f'{path}: {error}') from error
+  checked_config(model, len(SafetensorsFile(folder / WEIGHTS).shapes), str(path))
   license, step = get('license', str), get('step', int)
   provenance = Provenance(license, get('data', list), get('metrics', dict))
   if (fault := provenance.fault()) is not None:
     raise LmsptError(f'{path}: {fault}; copy the folder again')
-  _check_sum(folder, WEIGHTS)
+  _check_sum(folder, WEIGHTS, model)
   found = read_release(folder / WEIGHTS, model)
   config = ExperimentConfig(name=get('name', str), model=found.config, quirks=quirks)
   return TrainedModel(config, found.params, found.codebooks, step, get('teacher_id', str), get('weights', str),
@@ -131,7 +138,11 @@ def _get(path: Path, values: dict[str, Any], name: str, kind: type) -> Any:
   return value
 
 
-def _check_sum(folder: Path, name: str) -> None:
+def _check_sum(folder: Path, name: str, model: ModelConfig) -> None:
+  arrays = sum(math.prod(leaf.shape) * leaf.dtype.itemsize for leaf in jax.tree.leaves(abstract_tokenizer(model)[1:]))
+  with open_plain(folder / name) as file:
+    if size_of(file) > 2 * arrays + _MAX_REST:  # or hashing it could take hours
+      raise LmsptError(f'{folder / name}: {size_of(file)} bytes, where this model has {arrays}; copy the folder again')
   lines = read_plain(folder / SUMS, MAX_CONFIG).decode(errors='replace').splitlines()
   wanted = next((line.split()[0] for line in lines if line.split()[1:] == [name]), None)
   found = _sha256(folder / name)
