@@ -249,8 +249,12 @@ class TorchFile:
     last = tensor.offset + sum((n - 1) * s for n, s in zip(tensor.shape, tensor.strides, strict=True))
     size = storage.count * storage.dtype.itemsize
     data = self._zip.read(f'{self._root}data/{storage.key}', size)
-    if len(data) != size or not 0 < count <= storage.count or last >= storage.count:
+    fits = all(0 <= n <= storage.count for n in tensor.shape) and (
+        count == 0 or (count <= storage.count and last < storage.count))
+    if len(data) != size or not fits:
       raise LmsptError(f'{self.path}: a tensor of shape {list(tensor.shape)} does not fit its storage: damaged file')
+    if count == 0:
+      return np.zeros(tensor.shape, storage.dtype)
     flat = np.frombuffer(data, storage.dtype)[tensor.offset :]
     strides = tuple(s * storage.dtype.itemsize for s in tensor.strides)
     return np.lib.stride_tricks.as_strided(flat, tensor.shape, strides, writeable=False)
