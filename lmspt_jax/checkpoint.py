@@ -290,16 +290,24 @@ class RestoredModel:
 
 @dataclass(frozen=True)
 class SavedRun:
-  """The newest checkpoint of a run: its step, the run's config, the hash of its teacher ('' without one)."""
+  """The newest checkpoint of a run.
+
+  Attributes:
+    step: training step.
+    config: the run's.
+    teacher_id: hash of the teacher, '' without one.
+    shapes: of the state's arrays by path, as Orbax describes them.
+  """
 
   folder: Path
   step: int
   config: ExperimentConfig
   teacher_id: str
+  shapes: dict[str, tuple[int, ...] | None]
 
   def restore(self, abstract_state: dict[str, Any]) -> dict[str, Any]:
     """Some parts of the state, on the shardings of `abstract_state`; the others stay on disk. Raises LmsptError."""
-    _check_shapes(self.folder, abstract_state, _stored_shapes(self.folder))
+    _check_shapes(self.folder, abstract_state, self.shapes)
     context = ocp.Context()
     context.pytree.loading.partial_load = True
     with context, _reading(self.folder):
@@ -327,11 +335,11 @@ def saved_run(workdir: str | Path) -> SavedRun:
                          'damaged; delete it to go back to the checkpoint before it')
     config = from_dict(ExperimentConfig, record['config']).check()
     folder = workdir.absolute() / FOLDER / str(step)
-    arrays = len(_stored_shapes(folder))
-    if config.model.num_residual_units * 8 > arrays:  # or building the model could take hours
-      raise LmsptError(f'{folder}: {arrays} arrays, too few for {config.model.num_residual_units} residual units '
+    shapes = _stored_shapes(folder)
+    if config.model.num_residual_units * 8 > len(shapes):  # or building the model could take hours
+      raise LmsptError(f'{folder}: {len(shapes)} arrays, too few for {config.model.num_residual_units} residual units '
                        'of its config, so it is damaged; delete it to go back to the checkpoint before it')
-    return SavedRun(folder, step, config, record['teacher_id'])
+    return SavedRun(folder, step, config, record['teacher_id'], shapes)
   finally:
     store.close()
 

@@ -7,6 +7,7 @@ size is allocated.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -40,6 +41,16 @@ def open_plain(path: str | os.PathLike) -> BinaryIO:
 def size_of(file: BinaryIO) -> int:
   """Bytes of an open file."""
   return os.fstat(file.fileno()).st_size
+
+
+def sha256(*paths: str | os.PathLike) -> str:
+  """Of files put end to end, in hexadecimal. Raises LmsptError as `open_plain` does."""
+  digest = hashlib.sha256()
+  for path in paths:
+    with open_plain(path) as file:
+      while block := file.read(1 << 20):
+        digest.update(block)
+  return digest.hexdigest()
 
 
 def read_plain(path: str | os.PathLike, limit: int) -> bytes:

@@ -19,6 +19,8 @@ from lmspt_jax.errors import LmsptError
 from lmspt_jax.models.tokenizer import abstract_tokenizer
 
 USAGE = {'semantic_quantizer': 'quantizer.semantic_vocab_usage', 'acoustic_quantizer': 'quantizer.acoustic_vocab_usage'}
+# What training keeps beside a codebook and neither encoding nor decoding reads.
+STATISTICS = ('counts', 'sums', 'mass')
 _UNIT = {'snake_in': 0, 'conv_in': 1, 'snake_out': 2, 'conv_out': 3}
 
 
@@ -89,7 +91,7 @@ def tokenizer_from_release(state_dict: Mapping[str, np.ndarray],
       missing[key] = None
       return leaf
     stored = np.asarray(state_dict[key], np.float32)
-    if stored.shape != to_torch_layout(name, np.broadcast_to(np.float32(0), leaf.shape)).shape:
+    if stored.shape != _torch_shape(name, leaf.shape):
       misshaped[f'{key} {stored.shape}'] = None
       return leaf
     return from_torch_layout(name, stored)
@@ -113,17 +115,21 @@ def tokenizer_from_release(state_dict: Mapping[str, np.ndarray],
 
 
 def release_from_tokenizer(params: dict[str, Any], codebooks: dict[str, Any],
-                           config: ModelConfig) -> dict[str, Callable[[], np.ndarray]]:
-  """The inverse: what makes each float32 array, under the release's names; usage buffers are left out.
+                           config: ModelConfig) -> dict[str, tuple[tuple[int, ...], Callable[[], np.ndarray]]]:
+  """The inverse: each float32 array's shape, and what makes it, under the release's names; usage buffers are left out.
 
   Not the arrays, which would be a second copy of the model.
   """
   made = {}
   for path, leaf in jax.tree_util.tree_leaves_with_path((params, codebooks)):
     name = '/'.join(str(p.key) for p in path[1:])
-    if name.rpartition('/')[2] not in ('counts', 'sums', 'mass'):
-      made[release_name(name, config)] = functools.partial(_released, name, leaf)
+    if name.rpartition('/')[2] not in STATISTICS:
+      made[release_name(name, config)] = _torch_shape(name, leaf.shape), functools.partial(_released, name, leaf)
   return made
+
+
+def _torch_shape(name: str, shape: tuple[int, ...]) -> tuple[int, ...]:
+  return to_torch_layout(name, np.broadcast_to(np.float32(0), shape)).shape
 
 
 def _released(name: str, leaf: Any) -> np.ndarray:

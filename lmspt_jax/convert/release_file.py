@@ -82,12 +82,12 @@ def write_release(path: str | Path, checkpoint: ReleaseCheckpoint) -> None:
   for part, key in USAGE.items():
     quantizer = config.semantic if part == 'semantic_quantizer' else config.acoustic
     empty = np.zeros((quantizer.num_codebooks, quantizer.size), np.float32)
-    made[key] = functools.partial(checkpoint.usage.get, part, empty)
+    made[key] = empty.shape, functools.partial(checkpoint.usage.get, part, empty)
   metadata = {METADATA: json.dumps({'model': to_dict(config), 'license': checkpoint.license}, sort_keys=True)}
   beside = path.with_name(f'.{path.name}.{os.getpid()}')
   try:
-    shapes = {key: made[key]().shape for key in sorted(made)}  # views: nothing is copied
-    write_safetensors(beside, shapes, 'F32', lambda key: made[key](), metadata)
+    shapes = {key: made[key][0] for key in sorted(made)}
+    write_safetensors(beside, shapes, 'F32', lambda key: made[key][1](), metadata)
     beside.replace(path)
   except OSError as error:
     raise LmsptError(f"{path}: can't be written ({error.strerror or error}); give a folder that exists and has "

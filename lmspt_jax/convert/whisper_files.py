@@ -7,7 +7,6 @@ Face are in `convert.whisper_hub`.
 from __future__ import annotations
 
 import functools
-import hashlib
 import importlib.util
 import re
 from collections.abc import Callable, Collection, Sequence
@@ -21,7 +20,7 @@ from lmspt_jax.convert.ctranslate2 import CTranslate2File
 from lmspt_jax.convert.torch_zip import LazyTensor, TorchFile
 from lmspt_jax.convert.whisper_names import CTRANSLATE2_NAMES, OPENAI_NAMES, Rules, foreign_name
 from lmspt_jax.errors import LmsptError, nearest, shown
-from lmspt_jax.files import open_plain
+from lmspt_jax.files import sha256
 from lmspt_jax.models.teachers import TeacherDims
 from lmspt_jax.models.whisper import WhisperDims
 
@@ -85,16 +84,6 @@ def checked_sizes(path: str, sizes: dict[str, Any], heads: Sequence[Any]) -> dic
   return {**sizes, 'heads': heads[0]}
 
 
-def file_sha256(paths: Sequence[Path]) -> str:
-  """Of the files put end to end."""
-  digest = hashlib.sha256()
-  for path in paths:
-    with open_plain(path) as f:
-      while block := f.read(1 << 20):
-        digest.update(block)
-  return digest.hexdigest()
-
-
 # ---------------------------------------------------------------- CTranslate2
 
 
@@ -118,7 +107,7 @@ def open_package(name: str) -> WhisperSource:
 
 def open_ctranslate2(paths: Sequence[Path], tokenizer: Path | None = None, pinned: str | None = None) -> WhisperSource:
   """A model.bin in one or more consecutive parts; `pinned` is the sha256 that it must have."""
-  digest = functools.cache(functools.partial(file_sha256, tuple(paths)))
+  digest = functools.cache(functools.partial(sha256, *paths))
   if pinned is not None and digest() != pinned:
     raise LmsptError(f'{paths[0]}: sha256 is {digest()}, not {pinned}: another version or damaged, install it again')
   file = CTranslate2File(*paths)
@@ -192,5 +181,5 @@ def open_openai(path: Path) -> WhisperSource:
       raise LmsptError(f'{path}: no tensor {name!r}; {nearest(name, tensors)}')
     return file.read(tensor).astype(np.float32, copy=False)
 
-  digest = functools.partial(file_sha256, [path])
+  digest = functools.partial(sha256, path)
   return WhisperSource(str(path), WhisperDims(**sizes), tensors.keys(), OPENAI_NAMES, read, file.size, digest, None)

@@ -17,10 +17,10 @@ import numpy as np
 
 from lmspt_jax.convert import hub
 from lmspt_jax.convert.safetensors_file import SafetensorsFile
-from lmspt_jax.convert.whisper_files import WhisperSource, checked_sizes, file_sha256
+from lmspt_jax.convert.whisper_files import WhisperSource, checked_sizes
 from lmspt_jax.convert.whisper_names import HUGGING_FACE_NAMES, Rules, foreign_name
 from lmspt_jax.errors import LmsptError, nearest, shown
-from lmspt_jax.files import read_json
+from lmspt_jax.files import read_json, sha256
 from lmspt_jax.models.qwen2_audio import Qwen2AudioDims
 from lmspt_jax.models.teachers import TeacherDims
 from lmspt_jax.models.whisper import WhisperDims
@@ -83,7 +83,7 @@ def open_folder(folder: Path) -> WhisperSource:
     return digest.hexdigest()
 
   tokenizer = folder / TOKENIZER
-  digest = tower_sha256 if family.part else functools.partial(file_sha256, paths)
+  digest = tower_sha256 if family.part else functools.partial(sha256, *paths)
   size = sum(path.stat().st_size for path in paths)
   return WhisperSource(str(paths[0]), family.dims, files.keys(), rules, read, size, digest,
                        tokenizer if tokenizer.is_file() else None)

@@ -9,7 +9,6 @@
 from __future__ import annotations
 
 import functools
-import hashlib
 import json
 import math
 import os
@@ -25,7 +24,7 @@ from lmspt_jax.config import ExperimentConfig, ModelConfig, QuirksConfig, from_d
 from lmspt_jax.convert.release_file import checked_config, read_release, write_release
 from lmspt_jax.convert.safetensors_file import SafetensorsFile
 from lmspt_jax.errors import LmsptError, shown
-from lmspt_jax.files import open_plain, read_json, read_plain, size_of
+from lmspt_jax.files import open_plain, read_json, read_plain, sha256, size_of
 from lmspt_jax.models.tokenizer import abstract_tokenizer
 from lmspt_jax.pretrained.card import model_card
 from lmspt_jax.pretrained.model import TrainedModel
@@ -64,7 +63,7 @@ def write_export(out: str | Path, model: TrainedModel, kind: str, write: Callabl
     (beside / CONFIG).write_text(json.dumps(fields, indent=2, ensure_ascii=False) + '\n', encoding='utf-8')
     files = sorted(path.name for path in beside.iterdir())
     (beside / CARD).write_text(model_card(fields, files), encoding='utf-8')
-    sums = ''.join(f'{_sha256(beside / name)}  {name}\n' for name in files)
+    sums = ''.join(f'{sha256(beside / name)}  {name}\n' for name in files)
     (beside / SUMS).write_text(sums, encoding='utf-8')
     os.replace(beside, out)
   except OSError as error:
@@ -145,12 +144,7 @@ def _check_sum(folder: Path, name: str, model: ModelConfig) -> None:
       raise LmsptError(f'{folder / name}: {size_of(file)} bytes, where this model has {arrays}; copy the folder again')
   lines = read_plain(folder / SUMS, MAX_CONFIG).decode(errors='replace').splitlines()
   wanted = next((line.split()[0] for line in lines if line.split()[1:] == [name]), None)
-  found = _sha256(folder / name)
+  found = sha256(folder / name)
   if found != wanted:
     raise LmsptError(f'{folder / name}: sha256 is {found}, {SUMS} says {wanted}; copy the folder again, or export the '
                      'changed model anew')
-
-
-def _sha256(path: Path) -> str:
-  with open_plain(path) as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()

@@ -13,11 +13,9 @@ import jax
 import numpy as np
 
 from lmspt_jax.config import ExperimentConfig, ModelConfig, to_dict
+from lmspt_jax.convert.release import STATISTICS
 from lmspt_jax.convert.release_file import ReleaseCheckpoint
 from lmspt_jax.pretrained.provenance import Provenance
-
-# What training keeps beside a codebook and neither encoding nor decoding reads.
-STATISTICS = ('counts', 'sums', 'mass')
 
 
 @dataclass(frozen=True)

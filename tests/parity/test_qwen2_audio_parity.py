@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import jax
 import numpy as np
 import pytest
-import soundfile
 import torch
 from transformers import (
   Qwen2AudioConfig,
@@ -22,18 +19,6 @@ from lmspt_jax.convert.whisper import load_whisper
 from lmspt_jax.models import whisper
 from lmspt_jax.models.qwen2_audio import Qwen2AudioEncoder as OurEncoder
 from lmspt_jax.training.teacher import FrozenTeacher
-
-SAMPLE = Path(__file__).parents[2] / 'lmspt_jax/assets/speech_sample/audio'
-
-
-@pytest.fixture(scope='module')
-def speech():
-  """Two utterances at 16 kHz, cut or zero-padded to 30 s: float32 [2, 480000]."""
-  out = np.zeros((2, 480_000), np.float32)
-  for row, name in zip(out, ('asterisk-agent-incorrect', 'asterisk-vm-instructions'), strict=True):
-    audio = soundfile.read(SAMPLE / f'{name}.flac', dtype='float32')[0]
-    row[: len(audio)] = audio
-  return out
 
 
 def tower_config(positions: int) -> Qwen2AudioEncoderConfig:
@@ -53,11 +38,11 @@ def stirred(model: torch.nn.Module) -> torch.nn.Module:
 
 # The reference takes its own number of positions only: a crop is a smaller reference. 29 has an odd one.
 @pytest.mark.parametrize('positions', [1500, 100, 29])
-def test_tower(speech, tmp_path, positions):
+def test_tower(padded_speech, tmp_path, positions):
   reference = stirred(Qwen2AudioEncoder(tower_config(positions)))
   reference.save_pretrained(tmp_path)
   ours = load_whisper(f'hf:{tmp_path}')
-  mel_BTF = np.asarray(log_mel_spectrogram(speech[:, : positions * 320], 128))
+  mel_BTF = np.asarray(log_mel_spectrogram(padded_speech[:, : positions * 320], 128))
   found = jax.jit(lambda p, x: whisper.bind(OurEncoder, ours.dims, p)(x))(ours.params['encoder'], mel_BTF)
   with torch.no_grad():
     expected = reference(torch.from_numpy(mel_BTF.swapaxes(1, 2).copy())).last_hidden_state.numpy()
@@ -67,7 +52,7 @@ def test_tower(speech, tmp_path, positions):
   assert error <= 1e-5
 
 
-def test_tower_inside_a_whole_model_as_a_teacher(speech, tmp_path):
+def test_tower_inside_a_whole_model_as_a_teacher(padded_speech, tmp_path):
   """What `teacher.checkpoint=hf:DIR` gives for a folder that `save_pretrained` wrote in shards."""
   text = Qwen2Config(hidden_size=32, intermediate_size=64, num_hidden_layers=1, num_attention_heads=2,
                      num_key_value_heads=2, vocab_size=100)
@@ -78,7 +63,7 @@ def test_tower_inside_a_whole_model_as_a_teacher(speech, tmp_path):
   assert len(list(tmp_path.glob('model-*.safetensors'))) > 2
   ours = load_whisper(f'hf:{tmp_path}')
   teacher = FrozenTeacher(ours.dims, 16_000, 'full')
-  crop = speech[:, :50_000]
+  crop = padded_speech[:, :50_000]
   found = np.asarray(jax.jit(teacher.targets)(ours.params['encoder'], crop))
   mel_BTF = np.asarray(log_mel_spectrogram(np.pad(crop, ((0, 0), (0, 430_000))), 128))
   with torch.no_grad():

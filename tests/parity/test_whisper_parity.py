@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import librosa
 import numpy as np
 import pytest
-import soundfile
 import torch
 import whisper as openai_whisper
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperModel
@@ -29,18 +28,7 @@ sys.path.insert(0, str(Path(__file__).parent))
 from _torch_reference import load_audiotools
 from _torch_whisper import openai_model, state_dict
 
-SAMPLE = Path(__file__).parents[2] / 'lmspt_jax/assets/speech_sample'
 BOTH = ('encoder', 'decoder')
-
-
-@pytest.fixture(scope='module')
-def speech():
-  """Two utterances at 16 kHz, zero-padded to 30 s: float32 [2, 480000]."""
-  out = np.zeros((2, 480_000), np.float32)
-  for row, name in zip(out, ('asterisk-agent-incorrect', 'asterisk-vm-instructions'), strict=True):
-    audio = soundfile.read(SAMPLE / f'audio/{name}.flac', dtype='float32')[0]
-    row[: len(audio)] = audio
-  return out
 
 
 @pytest.fixture(scope='module')
@@ -55,15 +43,15 @@ def reference(tiny):
 
 
 @pytest.mark.parametrize('n_mels', [80, 128])
-def test_log_mel(speech, n_mels):
-  for floor, rows in (('item', [speech[:1], speech[1:]]), ('batch', [speech])):
-    ours = np.asarray(mel.log_mel_spectrogram(speech, n_mels, floor=floor))
+def test_log_mel(padded_speech, n_mels):
+  for floor, rows in (('item', [padded_speech[:1], padded_speech[1:]]), ('batch', [padded_speech])):
+    ours = np.asarray(mel.log_mel_spectrogram(padded_speech, n_mels, floor=floor))
     theirs = [openai_whisper.log_mel_spectrogram(torch.from_numpy(row), n_mels).numpy() for row in rows]
     np.testing.assert_allclose(ours, np.concatenate(theirs).swapaxes(1, 2), atol=1e-4)
 
 
-def test_encoder_and_decoder(tiny, reference, speech):
-  mel_BTF = np.asarray(mel.log_mel_spectrogram(speech, 80))
+def test_encoder_and_decoder(tiny, reference, padded_speech):
+  mel_BTF = np.asarray(mel.log_mel_spectrogram(padded_speech, 80))
   ours = jax.jit(lambda p, x: whisper.bind(whisper.WhisperEncoder, tiny.dims, p)(x))(tiny.params['encoder'], mel_BTF)
   with torch.no_grad():
     theirs = reference.encoder(torch.from_numpy(mel_BTF.swapaxes(1, 2).copy()))
@@ -85,9 +73,9 @@ def test_encoder_and_decoder(tiny, reference, speech):
   assert error <= 1e-3
 
 
-def test_encoder_in_double_precision(tiny, reference, speech, monkeypatch):
+def test_encoder_in_double_precision(tiny, reference, padded_speech, monkeypatch):
   """Rounding out of the way, what is computed is the same."""
-  mel_BTF = np.asarray(mel.log_mel_spectrogram(speech[1:], 80)).astype(np.float64)
+  mel_BTF = np.asarray(mel.log_mel_spectrogram(padded_speech[1:], 80)).astype(np.float64)
   params = jax.tree.map(lambda value: value.astype(np.float64), tiny.params['encoder'])
   with jax.enable_x64(True):
     ours = jax.jit(lambda p, x: whisper.bind(whisper.WhisperEncoder, tiny.dims, p, dtype=jnp.float64)(x))(
@@ -127,10 +115,10 @@ def hugging_face_folder(tiny, tmp_path_factory) -> Path:
 
 
 def test_three_formats_give_identical_parameters_and_transcripts(
-    tiny, openai_file, hugging_face_folder, speech, tmp_path):
+    tiny, openai_file, hugging_face_folder, padded_speech, tmp_path):
   """CTranslate2, OpenAI and Hugging Face, and what `lmspt convert` makes of the first two."""
   vocabulary = WhisperVocabulary.from_file(tiny.tokenizer_path)
-  expected = transcribe(tiny.dims, tiny.params, vocabulary, list(speech), batch_size=2)
+  expected = transcribe(tiny.dims, tiny.params, vocabulary, list(padded_speech), batch_size=2)
   assert all(len(text.split()) > 3 for text in expected), expected
   uris = [f'openai:{openai_file}', f'hf:{hugging_face_folder}']
   for source in ('package:tiny.en', uris[0]):
@@ -141,18 +129,18 @@ def test_three_formats_give_identical_parameters_and_transcripts(
     assert other.dims == tiny.dims
     assert jax.tree.structure(other.params) == jax.tree.structure(tiny.params)
     assert jax.tree.all(jax.tree.map(np.array_equal, other.params, tiny.params)), uri
-    assert transcribe(other.dims, other.params, vocabulary, list(speech), batch_size=2) == expected
+    assert transcribe(other.dims, other.params, vocabulary, list(padded_speech), batch_size=2) == expected
 
 
 @pytest.mark.parametrize('dtype', ['float32', 'float16', 'bfloat16'])
-def test_transformers_loads_what_convert_writes(tiny, openai_file, speech, tmp_path, dtype):
+def test_transformers_loads_what_convert_writes(tiny, openai_file, padded_speech, tmp_path, dtype):
   assert main(['convert', f'--from=openai:{openai_file}', f'--to=hf:{tmp_path}/hf', f'--dtype={dtype}']) == 0
   model, report = WhisperForConditionalGeneration.from_pretrained(
       tmp_path / 'hf', output_loading_info=True, dtype=torch.float32)
   assert not any(report[kind] for kind in ('missing_keys', 'unexpected_keys', 'mismatched_keys')), report
   assert model.config.dtype == torch.float32 and model.config.torch_dtype == torch.float32
   ours = convert.load_whisper(f'hf:{tmp_path}/hf', BOTH)
-  mel_BTF = np.asarray(mel.log_mel_spectrogram(speech[:1], 80))
+  mel_BTF = np.asarray(mel.log_mel_spectrogram(padded_speech[:1], 80))
   tokens = np.array([[50257, 50362, 770, 318, 257, 1332]], np.int32)
   logits = jax.jit(lambda p, x, t: whisper.bind(whisper.Whisper, ours.dims, p)(x, t))(ours.params, mel_BTF, tokens)
   inputs = torch.from_numpy(mel_BTF.swapaxes(1, 2).copy())
@@ -183,10 +171,10 @@ def test_torch_files_of_other_layouts(tmp_path):
 
 
 @pytest.mark.parametrize('setting', [(24_000, 256, 40), (24_000, 512, 80), (24_000, 1024, 160), (24_000, 2048, 320)])
-def test_stft_and_mel_of_audiotools(speech, setting):
+def test_stft_and_mel_of_audiotools(padded_speech, setting):
   rate, size, n_mels = setting
   audiotools = load_audiotools()
-  x_BN = speech[:, : 2 * rate + 11]
+  x_BN = padded_speech[:, : 2 * rate + 11]
   for padding in ('center', 'match_stride'):
     params = audiotools.STFTParams(size, size // 4, 'hann', match_stride=padding == 'match_stride')
     signal = audiotools.AudioSignal(torch.from_numpy(x_BN)[:, None], rate, stft_params=params)
