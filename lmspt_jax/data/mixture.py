@@ -63,7 +63,7 @@ class Mixture:
     self._total = 0
     for number, corpus in enumerate(config.train):
       source = _chosen(open_source(corpus.uri, corpus.split), corpus, f'config field data.train.{number}')
-      _check_shards(source, config.max_fault_rate)
+      check_shards(source, config.max_fault_rate, 'data.max_fault_rate')
       self._starts.append(self._total)
       self._total += len(source)
       self.sources.append(source)
@@ -124,7 +124,8 @@ class Mixture:
     return digest.hexdigest()
 
 
-def _check_shards(source: Source, max_rate: float) -> None:
+def check_shards(source: Source, max_rate: float, field: str) -> None:
+  """Warns of a source's files that are broken. Raises LmsptError naming `field` if they are a larger share of all."""
   faults = source.shard_faults
   if not faults:
     return
@@ -133,7 +134,7 @@ def _check_shards(source: Source, max_rate: float) -> None:
   more = f' and {len(faults) - 4} more' if len(faults) > 4 else ''
   if len(faults) > max_rate * len(files):
     raise LmsptError(f'data {source.uri!r}: {len(faults)} of {len(files)} shards are broken, more than '
-                     f'data.max_fault_rate = {max_rate}: {named}{more}')
+                     f'{field} = {max_rate}: {named}{more}')
   _log.warning('data %r: %d of %d shards are broken: %s%s', source.uri, len(faults), len(files), named, more)
 
 

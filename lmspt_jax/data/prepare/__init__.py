@@ -24,11 +24,13 @@ import pyarrow as pa
 from lmspt_jax.data import storage
 from lmspt_jax.data.audio_io import MAX_RATE, MIN_RATE
 from lmspt_jax.data.dataset_info import FILE_NAME, SHARD_PATTERN, DatasetInfo, load_info, save_info, write_atomic
+from lmspt_jax.data.kept import digest, is_whole, named_errors, read_note, write_batches
 from lmspt_jax.data.prepare import parts, shards, summary
-from lmspt_jax.data.prepare.job import FORMAT, Job, digest, named_errors, read_note, write_batches
+from lmspt_jax.data.prepare.job import FORMAT, Job
 from lmspt_jax.data.prepare.runners import Progress, Runner, find_runner
 from lmspt_jax.data.sources import Source, open_source
 from lmspt_jax.errors import LmsptError
+from lmspt_jax.files import sha256
 
 __all__ = ['MAX_SECONDS', 'SHARD_MB', 'prepare']
 
@@ -127,7 +129,7 @@ def _make(job: Job, num_parts: int, layout: list[Any], run: Runner, num_shards: 
 
 def _done(job: Job, layout: list[Any], made_from: list[str]) -> dict[str, str]:
   described = job.out / FILE_NAME
-  return {'made_from': digest([layout, made_from]), FILE_NAME: shards.sha256(described) if described.is_file() else ''}
+  return {'made_from': digest([layout, made_from]), FILE_NAME: sha256(described) if described.is_file() else ''}
 
 
 def _counter(files: Sequence[Path]) -> Callable[[], tuple[int, float]]:
@@ -156,8 +158,8 @@ def _finished(job: Job, num_parts: int, layout: list[Any]) -> DatasetInfo | None
     if done != _done(job, layout, found):
       return None
     info = load_info(job.out)
-    whole = pool.map(lambda shard: shards.is_whole(job.out / shard.name, shard.bytes, shard.sha256), info.shards)
-    files = (path.is_file() and shards.sha256(path) == checksum
+    whole = pool.map(lambda shard: is_whole(job.out / shard.name, shard.bytes, shard.sha256), info.shards)
+    files = (path.is_file() and sha256(path) == checksum
              for path, checksum in ((job.out / name, checksum) for name, checksum in info.files.items()))
     return info if all(whole) and all(files) else None
 

@@ -10,12 +10,13 @@ from typing import Any, BinaryIO
 import numpy as np
 import pyarrow as pa
 
-from lmspt_jax.data import records, storage
+from lmspt_jax.data import records
 from lmspt_jax.data.dataset_info import replacing
 from lmspt_jax.data.faults import AudioError
 from lmspt_jax.data.index import table_from_rows
+from lmspt_jax.data.kept import digest, read_note, write_rows
 from lmspt_jax.data.prepare.audio import to_records
-from lmspt_jax.data.prepare.job import FORMAT, Job, digest, read_note, task, write_rows
+from lmspt_jax.data.prepare.job import FORMAT, Job, task
 from lmspt_jax.data.sources import Source, Utterance
 
 _MAX_UTTERANCES = 512
@@ -42,11 +43,7 @@ def part_bounds(source: Source) -> list[int]:
 
 def part_fingerprint(job: Job, source: Source) -> str:
   """Of all that decides what is in a part: its rows, the versions of the files that hold it, the options."""
-  table = source.index.table
-  paths = table.column('path').unique().to_pylist()
-  found = storage.stats([path if storage.is_url(path) else storage.join(source.root, path) for path in paths])
-  versions = [stat.reason if isinstance(stat, AudioError) else stat.version for stat in found]
-  return digest([FORMAT, job.sample_rate, job.max_seconds, paths, versions, table.to_pylist()])
+  return digest([FORMAT, job.sample_rate, job.max_seconds, *source.contents()])
 
 
 @task
@@ -76,7 +73,7 @@ def make_part(job: Job, number: int) -> None:
         data.seek(mark)
         data.truncate()
         del rows[num_rows:], faults[num_faults:]
-        faults.append((error.reason, job.relative(source.name(position))))
+        faults.append((error.reason, job.source.relative(source.name(position))))
     size = data.tell()
   seconds = math.fsum(row['seconds'] for row in rows)
   write_rows(rows_path, _table(rows), {'fingerprint': fingerprint, 'bytes': size, 'seconds': seconds, 'faults': faults})
@@ -87,7 +84,7 @@ def _stored(job: Job, utterance: Utterance, data: BinaryIO, faults: list[tuple[s
   made = to_records(utterance, sample_rate=job.sample_rate, max_seconds=job.max_seconds)
   for number, record in enumerate(made):
     if isinstance(record, AudioError):
-      faults.append((record.reason, job.relative(f'{utterance.name}/{number:04d}')))
+      faults.append((record.reason, job.source.relative(f'{utterance.name}/{number:04d}')))
       continue
     packed = records.pack(record)
     key = hashlib.blake2b(record.id.encode(), digest_size=16, person=b'lmspt shuffle').digest()

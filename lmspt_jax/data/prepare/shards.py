@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Iterator
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 
-from lmspt_jax.data.dataset_info import ShardInfo, replacing
+from lmspt_jax.data.dataset_info import ShardInfo
+from lmspt_jax.data.kept import digest, is_whole, read_batch, read_note, write_batches, write_records, write_rows
 from lmspt_jax.data.metadata import SPLIT_PATTERN
-from lmspt_jax.data.prepare.job import FORMAT, Job, digest, read_batch, read_note, task, write_batches, write_rows
+from lmspt_jax.data.prepare.job import FORMAT, Job, task
 from lmspt_jax.data.prepare.parts import record_digest
 from lmspt_jax.errors import LmsptError
+from lmspt_jax.files import sha256
 
 _ORDER = pa.schema([('part', pa.int32()), ('row', pa.int32())])
 _INTERNAL = ('part', 'offset', 'length', 'high', 'low', 'digest')  # columns of parts that shards don't keep
@@ -76,9 +76,8 @@ def make_shard(job: Job, number: int) -> None:
   if kept and kept['fingerprint'] == fingerprint and is_whole(path, kept['bytes'], kept['sha256']):
     return
   job.shard(name).unlink(missing_ok=True)
-  with replacing(path) as temporary:
-    _write(job, rows, temporary, path)
-    size, checksum = temporary.stat().st_size, sha256(temporary)
+  write_records(path, _records(job, rows), len(rows))
+  size, checksum = path.stat().st_size, sha256(path)
   table = rows.drop_columns(list(_INTERNAL))
   table = table.append_column('path', pa.array([name] * len(rows), pa.large_string()))
   table = table.append_column('position', pa.array(range(len(rows)), pa.int64()))
@@ -117,29 +116,3 @@ def _records(job: Job, rows: pa.Table) -> Iterator[bytes]:
     if record_digest(packed) != checksum:
       raise LmsptError(f'{path}: damaged since it was written; remove {job.state} and run again')
     yield packed
-
-
-def _write(job: Job, rows: pa.Table, temporary: Path, path: Path) -> None:
-  from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter  # starts threads
-  temporary.touch()  # an OSError here names what is wrong; the writer's own errors don't
-  try:
-    writer = ArrayRecordWriter(str(temporary), 'group_size:1,uncompressed')  # FLAC does not compress
-    for packed in _records(job, rows):
-      writer.write(packed)
-    writer.close()
-    reader = ArrayRecordReader(str(temporary))
-    written = reader.num_records() if reader.ok() else -1
-    reader.close()
-  except RuntimeError as error:  # what array_record raises, e.g. on a full disk
-    raise LmsptError(f'{path}: can\'t be written ({" ".join(str(error).split())[:200]}); make room') from error
-  if written != len(rows):
-    raise LmsptError(f'{path}: {written} of {len(rows)} records arrived on disk; make room')
-
-
-def sha256(path: Path) -> str:
-  with open(path, 'rb') as file:
-    return hashlib.file_digest(file, 'sha256').hexdigest()
-
-
-def is_whole(path: Path, size: int, checksum: str) -> bool:
-  return path.is_file() and path.stat().st_size == size and sha256(path) == checksum

@@ -17,9 +17,11 @@ import pyarrow.parquet as pq
 from lmspt_jax.data import storage
 from lmspt_jax.data.dataset_info import INDEX_NAME, DatasetInfo, replacing, write_atomic
 from lmspt_jax.data.faults import AudioError
-from lmspt_jax.data.prepare.job import Job, read_batch, read_note
+from lmspt_jax.data.kept import read_batch, read_note
+from lmspt_jax.data.prepare.job import Job
 from lmspt_jax.data.prepare.parts import SCORE
-from lmspt_jax.data.prepare.shards import sha256, shard_info
+from lmspt_jax.data.prepare.shards import shard_info
+from lmspt_jax.files import sha256
 
 PICTURE_NAME = 'durations.svg'
 MAX_NAMES = 1000  # of each kind of fault
@@ -61,7 +63,7 @@ def faults(job: Job, num_parts: int) -> dict[str, dict[str, Any]]:
     if len(entry['names']) < MAX_NAMES:
       entry['names'].append(name)
   for fault in job.source.shard_faults:
-    add(fault.reason, job.relative(fault.shard))
+    add(fault.reason, job.source.relative(fault.shard))
   for number in range(num_parts):
     for reason, name in read_note(job.part(number))['faults']:
       add(reason, name)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -88,6 +89,10 @@ class Source:
     """What errors and reports call this utterance, found without reading it."""
     return self._name(self._row(position))
 
+  def relative(self, name: str) -> str:
+    """What `name` calls an utterance, or a fault a file, without the folder that the source lies in."""
+    return name.removeprefix(f'{self.root}/')
+
   def shard(self, position: int) -> str:
     """The file that holds this utterance."""
     return self.index.value(self._row(position), 'path')
@@ -97,6 +102,14 @@ class Source:
     chosen = copy.copy(self)
     chosen.index = self.index.take(rows)
     return chosen
+
+  def contents(self) -> list[Any]:
+    """All that decides what these utterances are: their files, the files' versions, their rows; for a digest."""
+    table = self.index.table
+    paths = table.column('path').unique().to_pylist()
+    found = storage.stats([path if storage.is_url(path) else storage.join(self.root, path) for path in paths])
+    versions = [stat.reason if isinstance(stat, AudioError) else stat.version for stat in found]
+    return [paths, versions, table.to_pylist()]
 
   def _row(self, position: int) -> int:
     if not 0 <= position < len(self.index):
