@@ -120,7 +120,7 @@ def _margins(tokenizer: Any, speech: list[np.ndarray]) -> list[np.ndarray]:
         found.append(best[..., 0] - best[..., 1])
     return jnp.stack(found, axis=-1)
 
-  program = WindowedProgram(margins, tokenizer._weights, tokenizer._program('encode').reach, rows=1,
+  program = WindowedProgram(margins, tokenizer._weights, tokenizer._program('encode').reach, rows=1, streams=1,
                             devices=jax.local_devices()[:1])
   found: list[list[np.ndarray]] = [[] for _ in speech]
   hop = tokenizer.hop

@@ -15,7 +15,8 @@ ROOMS = (
     ('sharding', 'optim', 'checkpoint', 'metrics', 'convert', 'hosts', 'chips'),
     ('pretrained',),  # whole models in and out, with what is known of them
     ('training',),
-    ('evaluation', 'export', 'planning', 'slm', 'inference'),
+    ('export', 'planning', 'inference'),
+    ('evaluation', 'slm'),
     ('cli',),
     ('demo', '__main__', '__init__'),  # __init__ is the package's front door: it looks up Tokenizer on demand
 )

@@ -278,7 +278,7 @@ def test_rows_are_filled_and_flushed():
     calls.append(frames_BTW.shape)
     return 2 * frames_BTW
 
-  program = WindowedProgram(double, lambda device: (), Reach(2, 2), rows=2, devices=jax.local_devices()[:1])
+  program = WindowedProgram(double, lambda device: (), Reach(2, 2), rows=2, streams=2, devices=jax.local_devices()[:1])
   items = [np.arange(n, dtype=np.float32)[:, None] + 1000 * n for n in (3, 200, 64, 30, 5)]
   found = [np.zeros_like(item) for item in items]
   for number, start, frames in program([item] for item in items):

@@ -42,6 +42,13 @@ def add_weights(parser: argparse.ArgumentParser) -> None:
                            '(default: average)')
 
 
+def add_hosts(parser: argparse.ArgumentParser) -> None:
+  """Adds what `hosts.start` takes to a verb that several processes run together."""
+  parser.add_argument('--coordinator', metavar='HOST:PORT', help='where process 0 listens for the others')
+  parser.add_argument('--num-processes', type=int, metavar='N', help='how many processes work together')
+  parser.add_argument('--process-id', type=int, metavar='I', help='which of them this is, from 0')
+
+
 def split_overrides(argv: Sequence[str]) -> tuple[list[tuple[str, str]], list[str]]:
   """Takes `--config.FIELD=VALUE` (or `--config.FIELD VALUE`) out of a command line."""
   overrides, rest = [], []

@@ -28,6 +28,7 @@ VERBS = {
     'prepare': 'audio and transcripts to shards',
     'encode': 'audio files to codes',
     'decode': 'codes to audio files',
+    'tokenize': 'a corpus to token shards for a language model',
     'plan': 'compile for a TPU slice without one: memory, FLOPs, bytes, collectives',
     'export': 'a model as a folder to pass on: weights, config, card, checksums',
     'convert': "weights from one format to another: a tokenizer's, a Whisper's",

@@ -22,9 +22,7 @@ from lmspt_jax.errors import EXIT_RESUME, Interrupted
 def add_arguments(parser: argparse.ArgumentParser) -> None:
   flags.add_arguments(parser)
   parser.add_argument('--workdir', required=True, metavar='DIR', help='where checkpoints, logs and samples go')
-  parser.add_argument('--coordinator', metavar='HOST:PORT', help='where process 0 listens for the others')
-  parser.add_argument('--num-processes', type=int, metavar='N', help='how many processes train together')
-  parser.add_argument('--process-id', type=int, metavar='I', help='which of them this is, from 0')
+  flags.add_hosts(parser)
   parser.add_argument('--replay', type=int, metavar='STEP',
                       help='do not train: run a step again that the run left in DIR/nonfinite, and print what of its '
                       'inputs, losses and gradients is not finite')

@@ -9,6 +9,7 @@ import functools
 import math
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
@@ -31,6 +32,22 @@ __all__ = ['PATHS', 'Codes', 'Tokenizer']
 PATHS = ('full', 'semantic', 'resynthesis')
 # Windows in one call of a program. A CPU is busy with one; an accelerator is not.
 _ROWS, _ROWS_ON_CPU = 4, 1
+# Calls under way: of an accelerator one that is computed and one on its way; of a CPU few, as each takes memory.
+_STREAMS, _MOST_STREAMS_ON_CPU = 2, 4
+
+
+@dataclass
+class _Recording:
+  """One that is being encoded.
+
+  Attributes:
+    found: position of the first frame -> codes [n, K].
+    missing: frames without codes; less than that by what was found, until the length is known.
+  """
+
+  num_samples: int = 0
+  found: dict[int, np.ndarray] = field(default_factory=dict)
+  missing: int = 0
 
 
 class Tokenizer:
@@ -166,44 +183,59 @@ class Tokenizer:
     length, hop = self._length(codes, path), self._hop(path)
     return (samples_TV.reshape(-1)[:length - start * hop] for _, start, samples_TV in program(ids))
 
-  def _encode(self, recordings: Iterable[Iterable[np.ndarray]]) -> list[Codes]:
-    """Codes of recordings, each given as blocks of samples [n] at the model's rate."""
-    lengths: list[int] = []
-    parts: list[list[tuple[int, np.ndarray]]] = []
+  def encode_each(self, recordings: Iterable[Iterable[np.ndarray]]) -> Iterator[tuple[int, Codes]]:
+    """`encode` of any number of recordings, in constant memory: windows of all of them share the programs' rows.
+
+    Args:
+      recordings: each in blocks of any lengths of samples, float32 [n] at `sample_rate`, one sample at least in all.
+
+    Yields:
+      (number of the recording, its codes), each as soon as it is done; that need not be their order.
+
+    Raises:
+      LmsptError: a recording without samples, or shorter than a frame where the model drops the tail.
+    """
+    waiting: dict[int, _Recording] = {}
 
     def frames() -> Iterator[Iterator[np.ndarray]]:
-      for blocks in recordings:
-        lengths.append(0)
-        parts.append([])
-        yield self._frames(blocks, lengths)
+      for number, blocks in enumerate(recordings):
+        waiting[number] = recording = _Recording()
+        yield self._frames(blocks, recording)
 
-    for item, start, ids_TK in self._program('encode')(frames()):
-      parts[item].append((start, ids_TK))
-    ids = [np.concatenate([ids_TK for _, ids_TK in sorted(found, key=lambda part: part[0])]).T for found in parts]
-    return [Codes(ids=np.ascontiguousarray(ids_KT), num_samples=length, sample_rate=self.sample_rate,
-                  frame_rate=self.frame_rate, model_hash=self.model_hash)
-            for ids_KT, length in zip(ids, lengths, strict=True)]
+    for number, start, ids_TK in self._program('encode')(frames()):
+      recording = waiting[number]
+      recording.found[start] = ids_TK
+      recording.missing -= len(ids_TK)
+      if recording.missing == 0:
+        del waiting[number]
+        ids_TK = np.concatenate([ids_TK for _, ids_TK in sorted(recording.found.items())])
+        yield number, Codes(ids=np.ascontiguousarray(ids_TK.T), num_samples=recording.num_samples,
+                            sample_rate=self.sample_rate, frame_rate=self.frame_rate, model_hash=self.model_hash)
 
-  def _frames(self, blocks: Iterable[np.ndarray], lengths: list[int]) -> Iterator[np.ndarray]:
-    """Blocks of whole frames [n, hop]; adds their samples, but for padding, to the last of `lengths`."""
-    rest_N = np.zeros(0, np.float32)
+  def _encode(self, recordings: Iterable[Iterable[np.ndarray]]) -> list[Codes]:
+    return [codes for _, codes in sorted(self.encode_each(recordings), key=lambda found: found[0])]
+
+  def _frames(self, blocks: Iterable[np.ndarray], recording: _Recording) -> Iterator[np.ndarray]:
+    """Blocks of whole frames [n, hop]; in the end the recording's lengths are known."""
+    rest_N, count = np.zeros(0, np.float32), 0
     for block_N in blocks:
-      lengths[-1] += len(block_N)
+      count += len(block_N)
       rest_N = np.concatenate([rest_N, block_N])
       whole = len(rest_N) // self.hop * self.hop
       if whole:
         yield rest_N[:whole].reshape(-1, self.hop)
         rest_N = rest_N[whole:]
-    if not lengths[-1]:
+    if not count:
       raise LmsptError('no blocks of audio: holds no samples')
-    if not self.config.quirks.drop_tail:
-      if len(rest_N):
-        yield np.pad(rest_N, (0, self.hop - len(rest_N)))[None]
-    elif lengths[-1] < self.hop:
-      raise LmsptError(f'{lengths[-1]} samples at {self.sample_rate} Hz: shorter than one frame ({self.hop}), and '
-                       'this model drops the tail (quirks.drop_tail); give longer audio')
-    else:
-      lengths[-1] -= len(rest_N)
+    if self.config.quirks.drop_tail:
+      count -= len(rest_N)
+      if not count:
+        raise LmsptError(f'{len(rest_N)} samples at {self.sample_rate} Hz: shorter than one frame ({self.hop}), and '
+                         'this model drops the tail (quirks.drop_tail); give longer audio')
+    elif len(rest_N):
+      yield np.pad(rest_N, (0, self.hop - len(rest_N)))[None]
+    recording.num_samples = count
+    recording.missing += -(-count // self.hop)
 
   def _decoding(self, items: list[Codes], path: str) -> tuple[WindowedProgram, Iterator[list[np.ndarray]]]:
     """What decodes these codes, and its input."""
@@ -289,5 +321,7 @@ class Tokenizer:
       return audio_BN.reshape(*codes_BTK.shape[:2], -1)
 
     reach = {'encode': encoder_reach, 'decode': decoder_reach, 'resynthesize': resynthesis_reach}[method]
+    on_cpu = devices[0].platform == 'cpu'
+    streams = min(_MOST_STREAMS_ON_CPU, os.cpu_count() or 1) if on_cpu else _STREAMS * len(devices)
     return WindowedProgram(encode if method == 'encode' else decode, self._weights, reach(self.config.model),
-                           rows=_ROWS_ON_CPU if devices[0].platform == 'cpu' else _ROWS, devices=devices)
+                           rows=_ROWS_ON_CPU if on_cpu else _ROWS, streams=streams, devices=devices)

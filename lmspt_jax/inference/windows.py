@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import collections
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,18 +81,21 @@ class WindowedProgram:
   """A network from frames to frames, evaluated window by window."""
 
   def __init__(self, function: Callable[[Any, jax.Array, jax.Array], jax.Array],
-               weights: Callable[[jax.Device], Any], reach: Reach, *, rows: int, devices: Sequence[jax.Device]):
+               weights: Callable[[jax.Device], Any], reach: Reach, *, rows: int, streams: int,
+               devices: Sequence[jax.Device]):
     """
     Args:
       function: (weights, frames_BTW, number of frames [B]) -> frames_BTV.
       weights: its arrays on a device.
       reach: of the function.
       rows: of a program, of the largest size; smaller sizes have more, for about as much work at a call.
+      streams: calls that are under way at a time, on all devices.
       devices: that windows are spread over.
     """
     self.reach, self.sizes = reach, window_sizes(reach)
-    self._rows, self._devices, self._weights = rows, list(devices), weights
+    self._rows, self._streams, self._devices, self._weights = rows, streams, list(devices), weights
     self._function = jax.jit(function)
+    self._compiled: set[tuple[int, jax.Device]] = set()
 
   def rows(self, size: int) -> int:
     """Windows in one call of the program of this size."""
@@ -105,13 +109,18 @@ class WindowedProgram:
     """
     calls = self._calls(window for number, blocks in enumerate(items)
                         for window in cut(number, blocks, self.sizes, self.reach))
-    running: collections.deque[tuple[list[Window], jax.Array]] = collections.deque()
-    for turn, windows in enumerate(calls):
-      if len(running) == len(self._devices) + 1:  # one is waiting while each device works
-        yield from self._results(*running.popleft())
-      running.append((windows, self._start(windows, self._devices[turn % len(self._devices)])))
-    while running:
-      yield from self._results(*running.popleft())
+    running: collections.deque[Future[list[tuple[int, int, np.ndarray]]]] = collections.deque()
+    with ThreadPoolExecutor(self._streams, thread_name_prefix='lmspt-windows') as pool:
+      for turn, windows in enumerate(calls):
+        if len(running) == self._streams + 1:  # one is waiting while the others are worked on
+          yield from running.popleft().result()
+        device = self._devices[turn % len(self._devices)]
+        running.append(pool.submit(self._evaluate, windows, device))
+        if (windows[0].size, device) not in self._compiled:  # once, not in each thread
+          running[-1].result()
+          self._compiled.add((windows[0].size, device))
+      while running:
+        yield from running.popleft().result()
 
   def _calls(self, windows: Iterable[Window]) -> Iterator[list[Window]]:
     """Windows of one size, as many as a program has rows. In the end what is left, large ones first: the smallest is
@@ -127,16 +136,14 @@ class WindowedProgram:
       if waiting[size]:
         yield waiting[size]
 
-  def _start(self, windows: list[Window], device: jax.Device) -> jax.Array:
+  def _evaluate(self, windows: list[Window], device: jax.Device) -> list[tuple[int, int, np.ndarray]]:
+    """One call of the program."""
     size = windows[0].size
     frames_BTW = np.zeros((self.rows(size), size, windows[0].frames_TW.shape[1]), windows[0].frames_TW.dtype)
     lengths_B = np.zeros(len(frames_BTW), np.int32)
     for row, window in enumerate(windows):
       lengths_B[row] = len(window.frames_TW)
       frames_BTW[row, :lengths_B[row]] = window.frames_TW
-    return self._function(self._weights(device), *jax.device_put((frames_BTW, lengths_B), device))
-
-  def _results(self, windows: list[Window], frames_BTV: jax.Array) -> Iterator[tuple[int, int, np.ndarray]]:
-    frames_BTV = np.asarray(frames_BTV)
-    for row, window in enumerate(windows):
-      yield window.item, window.position + window.core[0], frames_BTV[row, slice(*window.core)]
+    frames_BTV = np.asarray(self._function(self._weights(device), *jax.device_put((frames_BTW, lengths_B), device)))
+    return [(window.item, window.position + window.core[0], frames_BTV[row, slice(*window.core)])
+            for row, window in enumerate(windows)]
