@@ -17,6 +17,7 @@ depend on the model and the data alone.
 from __future__ import annotations
 
 import contextlib
+import itertools
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -178,18 +179,19 @@ class _Run:
   def run(self) -> None:
     config = self._job.tokenizer.config
     least = config.model.hop if config.quirks.drop_tail else 1
-    encoding: list[Recording] = []
+    encoding: dict[int, Recording] = {}  # by their number among those that are encoded
+    numbers = itertools.count()
 
     def usable() -> Iterator[Iterator[np.ndarray]]:
       for recording in recordings(self._job.source, self._rows(), config.model.sample_rate, least):
         if recording.fault:
           self._done(recording.row, recording.fault)
         else:
-          encoding.append(recording)
+          encoding[next(numbers)] = recording
           yield recording.take()
 
     for number, codes in self._job.tokenizer.encode_each(usable()):
-      recording, encoding[number] = encoding[number], None
+      recording = encoding.pop(number)
       self._done(recording.row, recording.fault or self._token_row(recording.row, codes))
 
   def _rows(self) -> Iterator[int]:
