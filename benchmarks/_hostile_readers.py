@@ -183,6 +183,51 @@ def _read_codes(folder: Path) -> int:
   return 0
 
 
+# ---------------------------------------------------------------- token shards
+
+
+def _make_tokens(folder: Path, variant: int) -> None:
+  """The manifest, and a record as it stands in a shard; shards themselves are held against checksums in it."""
+  import numpy as np
+
+  from lmspt_jax.slm.manifest import SUFFIXES, Manifest, ShardFiles, write_manifest
+  from lmspt_jax.slm.token_rows import TokenRow, pack_row
+  from lmspt_jax.slm.vocabulary import Vocabulary
+  sizes = (64, 32, 32)[:2 + variant]
+  ids = np.stack([np.random.default_rng(k).integers(0, size, 50) for k, size in enumerate(sizes)]).astype(np.uint16)
+  (folder / 'a.record').write_bytes(pack_row(TokenRow('a', 'Grüße', 'de', 's', 50 * 480, ids)))
+  files = {suffix: {'bytes': 100, 'sha256': 64 * 'a'} for suffix in SUFFIXES}
+  write_manifest(folder, Manifest(
+      model={'hash': 'deadbeef', 'name': 'a', 'step': 1, 'config': {}, 'license': 'MIT'}, made_with={'backend': 'cpu'},
+      frame_rate=50.0, sample_rate=24_000, hop=480, dtype='uint16', codebook_sizes=sizes, vocabulary=Vocabulary(sizes),
+      data={'source': 'folder:a', 'split': '', 'utterances': 1, 'fingerprint': 'f', 'licenses': {}}, utterances=1,
+      hours=0.1, frames=50, tokens=50 * len(sizes), splits={}, languages={}, speakers=1, faults={}, codebooks=[],
+      warnings=[], degenerate=0, files={}, shards=[ShardFiles('train-00000-of-00001', 'train', 1, 50, files)]))
+
+
+def _read_tokens(folder: Path) -> int:
+  from lmspt_jax.files import read_plain
+  from lmspt_jax.slm.manifest import read_manifest
+  from lmspt_jax.slm.token_rows import unpack_row
+  manifest = read_manifest(folder)
+  manifest.paths(folder, '.parquet', 'train')
+  unpack_row(read_plain(folder / 'a.record', 1 << 20))
+  return 0
+
+
+def _rewrite_tokens(folder: Path, rng: random.Random) -> None:
+  """A record with a field of another type, size or shape."""
+  import msgpack
+  fields = msgpack.unpackb((folder / 'a.record').read_bytes())
+  fields[rng.choice(sorted(fields))] = rng.choice((
+      None, -1, 0, 2**63, 1.5, 'x', b'x', '', b'', [], {}, 'x' * (2 << 20), [1], [1, 2, 3], [2**62, 2**62], [-1, -1],
+      [2, 2**63], [True, 50], 'object', 'O', 'uint16', 'int32', 'float64', 'U9999999', b'\0' * 999, [0, 0], [[], []],
+      msgpack.ExtType(5, b'x'), float('nan'), True))
+  packed = msgpack.packb(fields)
+  (folder / 'a.record').write_bytes(rng.choice((packed, packed, packed[:-3], packed + b'x', b'\x91' * 5000,
+                                                b'\xdf\xff\xff\xff\xff', b'\xc6\xff\xff\xff\xff', b'\x81\x80\x80')))
+
+
 # ---------------------------------------------------------------- data
 
 
@@ -326,6 +371,7 @@ READERS: dict[str, Reader] = {
     'openai': Reader(_make_openai, {'*.pt': 'zip'}, _whisper('openai:{}/a.pt')),
     'vocabulary': Reader(_make_vocabulary, {'*.json': 'json'}, _read_vocabulary),
     'codes': Reader(_make_codes, {'*.npz': 'zip'}, _read_codes),
+    'tokens': Reader(_make_tokens, {'manifest.json': 'json', 'a.record': 'bytes'}, _read_tokens, _rewrite_tokens),
     'run': Reader(_make_run, {'*commit_success.txt': '', 'checkpoints/*/d/*': 'ocdbt',
                               'checkpoints/*manifest.ocdbt': 'ocdbt', 'checkpoints/*': 'json'}, _read_run, life=250),
     'dataset.json': Reader(_make_shards, {'dataset.json': 'json'}, _read_info),

@@ -17,7 +17,7 @@ FORMAT = 'lmspt-tokens'
 VERSION = 1
 FILE_NAME = 'manifest.json'
 SUFFIXES = ('.arrayrecord', '.parquet')  # every shard is there in both, with the same rows in the same order
-_MAX_MANIFEST = 256 << 20  # bytes
+_MAX_MANIFEST = 64 << 20  # bytes: 150,000 shards
 _SHARD = re.compile(r'[A-Za-z0-9_.+-]+-\d{5}-of-\d{5}')
 _WAY_OUT = 'get it again, or write the tokens again with lmspt tokenize'
 
