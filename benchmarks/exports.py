@@ -1,6 +1,6 @@
 """Exported graphs against the tokenizer: codes, audio, sizes, loading, speed. Its tables: docs/results/exports.md.
 
-    python benchmarks/exports.py --corpus=DIR [--model=RUN] [--minutes=10] [--rounds=5]
+    python benchmarks/exports.py --corpus=DIR [--model=RUN] [--minutes=10] [--audio=1e9] [--rounds=5]
 
 Without --model: the release's widths (configs/lmspt_12_5hz.py) and arbitrary weights, away from where training starts.
 DIR is a folder with manifest.jsonl, such as benchmarks/make_speech_corpus.py makes. JAX compiles for every length, so
@@ -173,6 +173,7 @@ def main() -> None:
   parser.add_argument('--corpus', required=True, type=Path)
   parser.add_argument('--model', help='a run, or a .safetensors file of the release\'s layout')
   parser.add_argument('--minutes', type=float, default=10)
+  parser.add_argument('--audio', type=float, default=1e9, help='seconds of decoded audio that are compared, at most')
   parser.add_argument('--rounds', type=int, default=5)
   args = parser.parse_args()
   tokenizer = Tokenizer.from_pretrained(args.model) if args.model else arbitrary(ModelConfig())
@@ -208,7 +209,8 @@ def main() -> None:
     joined = np.concatenate([ids for found in codes.values() for ids in found], axis=1)
     frames = size // config.hop
     print('\n| graph | speech | largest sample | ' + ' | '.join(graphs) + ' |\n|---|---|---|---|---|')
-    audio_rows(tokenizer, graphs, [joined[:, i * frames:(i + 1) * frames] for i in range(joined.shape[1] // frames)])
+    count = min(joined.shape[1] // frames, max(1, round(args.audio / PIECE)))
+    audio_rows(tokenizer, graphs, [joined[:, i * frames:(i + 1) * frames] for i in range(count)])
     print('\n| graph | Tokenizer | ' + ' | '.join(f'{kind} | Tokenizer / {kind}' for kind in graphs)
           + ' |\n|---|---|---|---|---|---|')
     speed(tokenizer, graphs, corpus[0], args.rounds)
