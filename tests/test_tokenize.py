@@ -123,6 +123,8 @@ def test_the_manifest_says_what_is_there(tiny_tokenizer, tokens):
   assert manifest.tokens == 4 * manifest.frames
   assert manifest.hours == pytest.approx(sum(row.num_samples for row in rows) / 24_000 / 3600, abs=1e-6)
   assert {name: total['utterances'] for name, total in manifest.splits.items()} == {'test': 3, 'train': 9}
+  assert manifest.languages == {'en': {'utterances': COUNT, 'hours': manifest.hours}}
+  assert manifest.speakers == len({row.speaker for row in rows})
   assert manifest.data['licenses'] == {'CC-BY-SA-3.0': COUNT}
   for k, use in enumerate(manifest.codebooks):
     counts = np.bincount(np.concatenate([row.ids[k] for row in rows]))
@@ -192,19 +194,39 @@ def test_recordings_that_are_done_in_another_order(tiny_tokenizer, speech, token
   assert files(tmp_path) == files(tokens)
 
 
+# The command line with small parts, which says how many recordings it encoded.
+COUNTING = """
+import sys
+from lmspt_jax.cli.main import main
+from lmspt_jax.inference.tokenizer import Tokenizer
+from lmspt_jax.slm import plan
+
+def counting(tokenizer, recordings):
+  count = 0
+  for found in encode_each(tokenizer, recordings):
+    count += 1
+    yield found
+  print('encoded', count)
+
+plan._PART_UTTERANCES = 2
+encode_each, Tokenizer.encode_each = Tokenizer.encode_each, counting
+sys.exit(main(sys.argv[1:]))
+"""
+
+
 def test_two_hosts_of_two_devices_share_the_work(speech, tokens, tiny_run, tmp_path):
   with socket.create_server(('127.0.0.1', 0)) as server:
     port = server.getsockname()[1]
-  command = [sys.executable, '-c', 'from lmspt_jax.slm import plan\nplan._PART_UTTERANCES = 2\n'
-             'import sys\nfrom lmspt_jax.cli.main import main\nsys.exit(main(sys.argv[1:]))', 'tokenize',
-             f'--model={tiny_run}', f'--data=folder:{speech}', f'--out={tmp_path / "out"}',
-             f'--shard_utterances={PER_SHARD}', f'--coordinator=127.0.0.1:{port}', '--num-processes=2']
+  command = [sys.executable, '-c', COUNTING, 'tokenize', f'--model={tiny_run}', f'--data=folder:{speech}',
+             f'--out={tmp_path / "out"}', f'--shard_utterances={PER_SHARD}', f'--coordinator=127.0.0.1:{port}',
+             '--num-processes=2']
   started = [subprocess.Popen([*command, f'--process-id={host}'], stdout=subprocess.PIPE, stderr=subprocess.PIPE,
                               text=True, env=os.environ | {'XLA_FLAGS': '--xla_force_host_platform_device_count=2'})
              for host in range(2)]
   ended = [process.communicate(timeout=120) for process in started]
   assert [process.returncode for process in started] == [0, 0], ended
   assert 'describes them' in ended[0][0] and 'describes them' not in ended[1][0]
+  assert [int(out.split('encoded ')[1].split()[0]) for out, _ in ended] == [3 + 4, 5]  # shards 0 and 2, shard 1
   assert files(tmp_path / 'out') == files(tokens)
 
 
