@@ -10,12 +10,13 @@ PYTEST_ARGS ?=
 # memory, and mapping it in small pages takes a quarter of the time (docs/results/benchmarks.md).
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 
-.PHONY: help demo test test-parity test-prepare lint bench soak clean
+.PHONY: help demo test test-runs test-parity test-prepare lint bench soak clean
 .DEFAULT_GOAL := help
 
 help:
 	@echo 'make demo         train on the bundled speech, encode, decode, report (runs/demo)'
 	@echo 'make test         the default test suite (WORKERS=2 processes; PYTEST_ARGS=tests/test_cli.py)'
+	@echo 'make test-runs    whole training runs: meshes, hosts, kills, resuming'
 	@echo 'make test-parity  comparison with the PyTorch references'
 	@echo 'make test-prepare lmspt prepare on Apache Beam, in an environment of its own'
 	@echo 'make lint         ruff'
@@ -29,6 +30,9 @@ demo: $(VENV)/.demo
 # A test file's JAX programs share compilations, so a file stays in one process.
 test: $(VENV)/.test
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
+
+test-runs: $(VENV)/.test
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(or $(PYTEST_ARGS),tests/runs)
 
 test-parity: $(VENV)/.parity
 	$(BIN)/python -m pytest tests/parity $(PYTEST_ARGS)

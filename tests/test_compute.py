@@ -1,6 +1,6 @@
 """Precision, memory, the moving average, and steps that are skipped: what surrounds the arithmetic of the train step.
 
-That accumulation and recomputation change no number is in tests/test_sharding.py.
+That accumulation and recomputation change no number is in tests/runs/test_sharding.py.
 """
 
 from __future__ import annotations

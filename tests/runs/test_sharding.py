@@ -2,7 +2,7 @@
 
 XLA decides how many devices the host has before jax starts, so `measure` runs in a process of its own:
 
-    python tests/test_sharding.py OUT
+    PYTHONPATH=tests python tests/runs/test_sharding.py OUT
 """
 
 from __future__ import annotations
@@ -175,7 +175,7 @@ def measured(tmp_path_factory, repo):
   """(figures, arrays) of `measure`."""
   out = tmp_path_factory.mktemp('sharding')
   flags = '--xla_force_host_platform_device_count=8 --xla_llvm_disable_expensive_passes=true'
-  environment = {**os.environ, 'XLA_FLAGS': flags, 'PYTHONPATH': str(repo)}
+  environment = {**os.environ, 'XLA_FLAGS': flags, 'PYTHONPATH': f'{repo}{os.pathsep}{repo / "tests"}'}
   done = subprocess.run([sys.executable, __file__, out], env=environment, stdout=subprocess.PIPE,
                         stderr=subprocess.STDOUT, text=True, timeout=600)
   assert done.returncode == 0, done.stdout
