@@ -8,7 +8,7 @@ from __future__ import annotations
 import functools
 import math
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,11 +17,13 @@ import numpy as np
 from flax import nnx
 
 from lmspt_jax.config import ModelConfig
-from lmspt_jax.data.audio_io import MAX_CHANNELS, MAX_RATE, MIN_RATE, mono_blocks
+from lmspt_jax.data.audio_io import MAX_CHANNELS, MAX_RATE, MIN_RATE, mono_blocks, to_mono_at
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.inference.codes import Codes
+from lmspt_jax.inference.streaming import DecodingState, EncodingState, StreamedProgram, check_state
 from lmspt_jax.inference.windows import WindowedProgram
 from lmspt_jax.models.folding import folded_tokenizer
+from lmspt_jax.models.past import Past
 from lmspt_jax.models.reach import decoder_reach, encoder_reach, resynthesis_reach
 from lmspt_jax.pretrained.loading import load
 from lmspt_jax.pretrained.model import TrainedModel
@@ -63,6 +65,7 @@ class Tokenizer:
     self.config = model.config
     self.params, self.codebooks = model.params, model.codebooks
     self._program = functools.cache(self._make_program)
+    self._stream = functools.cache(self._make_stream)
     self._weights = functools.cache(lambda device: jax.device_put(self._folded[1:], device))
 
   @classmethod
@@ -174,14 +177,92 @@ class Tokenizer:
     audio = [np.zeros((item.ids.shape[1], self._hop(path)), np.float32) for item in items]
     for item, start, samples_TV in program(ids):
       audio[item][start:start + len(samples_TV)] = samples_TV
-    audio = [whole.reshape(-1)[:self._length(item, path)] for item, whole in zip(items, audio, strict=True)]
+    audio = [whole.reshape(-1)[:self._length(item.num_samples, path)] for item, whole in zip(items, audio, strict=True)]
     return audio if many else audio[0]
 
   def decode_blocks(self, codes: Codes, path: str = 'full') -> Iterator[np.ndarray]:
     """`decode` of one recording of any length, in constant memory: yields its speech in blocks."""
     program, ids = self._decoding([codes], path)
-    length, hop = self._length(codes, path), self._hop(path)
+    length, hop = self._length(codes.num_samples, path), self._hop(path)
     return (samples_TV.reshape(-1)[:length - start * hop] for _, start, samples_TV in program(ids))
+
+  def start(self) -> EncodingState:
+    """The state before the first sample of a recording that comes in pieces (docs/streaming.md).
+
+    Raises:
+      LmsptError: the model is not causal.
+    """
+    return EncodingState(self._stream('encode').beginning, np.zeros(0, np.float32), 0, self.model_hash)
+
+  def push(self, samples: np.ndarray, state: EncodingState) -> tuple[Codes, EncodingState]:
+    """The next samples of a recording to codes.
+
+    Args:
+      samples: at the model's rate, as `encode` takes audio; any number of them, also none.
+      state: of `start`, or of the `push` before; it stays as it is.
+
+    Returns:
+      (codes of the frames whose last sample is now there, maybe none; the state after them). All pieces end to end are
+      the codes that `encode` returns.
+
+    Raises:
+      LmsptError: samples as `encode` refuses them, a state of something else.
+    """
+    check_state(state, EncodingState, self.model_hash)
+    samples = np.asarray(samples)
+    if samples.size:
+      samples = to_mono_at(self._checked(samples), self.sample_rate, self.sample_rate)
+    waiting_N = np.concatenate([state.rest_N, samples.reshape(-1)]).astype(np.float32, copy=False)
+    whole = len(waiting_N) // self.hop * self.hop
+    ids_TK, past = self._stream('encode')(state.past, waiting_N[:whole].reshape(-1, self.hop))
+    after = state.num_samples + samples.size
+    return self._codes(ids_TK, whole), EncodingState(past, waiting_N[whole:].copy(), after, self.model_hash)
+
+  def finish(self, state: EncodingState) -> Codes:
+    """Codes of the samples that are left when a recording is over: one frame, filled up with zeros, or none.
+
+    Raises:
+      LmsptError: no samples came; a state of something else.
+    """
+    check_state(state, EncodingState, self.model_hash)
+    frames_TV = self._last_frame(state.rest_N, state.num_samples)
+    ids_TK, _ = self._stream('encode')(state.past, frames_TV)
+    return self._codes(ids_TK, len(state.rest_N) if len(frames_TV) else 0)
+
+  def start_decoding(self, path: str = 'full') -> DecodingState:
+    """The state before the first frame of codes that come in pieces; `path` as in `decode`.
+
+    Raises:
+      LmsptError: the model is not causal; an unknown path.
+    """
+    return DecodingState(self._stream(self._method(path)).beginning, path, 0, self.model_hash)
+
+  def push_codes(self, codes: Codes, state: DecodingState) -> tuple[np.ndarray, DecodingState]:
+    """The next codes to speech. Nothing is held back, so there is nothing to finish.
+
+    Args:
+      codes: of any number of frames, also none, as `push` returns them. After a frame that is not full (that of
+        `finish`) none may follow.
+      state: of `start_decoding`, or of the `push_codes` before; it stays as it is.
+
+    Returns:
+      (float32 samples that these codes stand for, the state after them). All pieces end to end are what `decode`
+      returns.
+
+    Raises:
+      LmsptError: codes as `decode` refuses them, a state of something else.
+    """
+    check_state(state, DecodingState, self.model_hash)
+    if not codes.ids.shape[-1]:
+      return np.zeros(0, np.float32), state
+    self._check(codes)
+    if state.num_samples % self.hop:
+      raise LmsptError(f'codes after the end of a recording of {state.num_samples} samples, which is not a number of '
+                       f'whole frames of {self.hop}: begin anew with start_decoding')
+    audio_TV, past = self._stream(self._method(state.path))(state.past, self._all_codebooks(codes, state.path))
+    after = state.num_samples + codes.num_samples
+    length = self._length(after, state.path) - self._length(state.num_samples, state.path)
+    return audio_TV.reshape(-1)[:length], DecodingState(past, state.path, after, self.model_hash)
 
   def encode_each(self, recordings: Iterable[Iterable[np.ndarray]]) -> Iterator[tuple[int, Codes]]:
     """`encode` of any number of recordings, in constant memory: windows of all of them share the programs' rows.
@@ -209,8 +290,11 @@ class Tokenizer:
       if recording.missing == 0:
         del waiting[number]
         ids_TK = np.concatenate([ids_TK for _, ids_TK in sorted(recording.found.items())])
-        yield number, Codes(ids=np.ascontiguousarray(ids_TK.T), num_samples=recording.num_samples,
-                            sample_rate=self.sample_rate, frame_rate=self.frame_rate, model_hash=self.model_hash)
+        yield number, self._codes(ids_TK, recording.num_samples)
+
+  def _codes(self, ids_TK: np.ndarray, num_samples: int) -> Codes:
+    return Codes(ids=np.ascontiguousarray(ids_TK.T), num_samples=num_samples, sample_rate=self.sample_rate,
+                 frame_rate=self.frame_rate, model_hash=self.model_hash)
 
   def _encode(self, recordings: Iterable[Iterable[np.ndarray]]) -> list[Codes]:
     return [codes for _, codes in sorted(self.encode_each(recordings), key=lambda found: found[0])]
@@ -225,42 +309,52 @@ class Tokenizer:
       if whole:
         yield rest_N[:whole].reshape(-1, self.hop)
         rest_N = rest_N[whole:]
-    if not count:
-      raise LmsptError('no blocks of audio: holds no samples')
-    if self.config.quirks.drop_tail:
+    last = self._last_frame(rest_N, count)
+    if len(last):
+      yield last
+    else:
       count -= len(rest_N)
-      if not count:
-        raise LmsptError(f'{len(rest_N)} samples at {self.sample_rate} Hz: shorter than one frame ({self.hop}), and '
-                         'this model drops the tail (quirks.drop_tail); give longer audio')
-    elif len(rest_N):
-      yield np.pad(rest_N, (0, self.hop - len(rest_N)))[None]
     recording.num_samples = count
     recording.missing += -(-count // self.hop)
 
-  def _decoding(self, items: list[Codes], path: str) -> tuple[WindowedProgram, Iterator[list[np.ndarray]]]:
+  def _last_frame(self, rest_N: np.ndarray, num_samples: int) -> np.ndarray:
+    """What is left of a recording of so many samples, as frames [0 or 1, hop]."""
+    if not num_samples:
+      raise LmsptError('no blocks of audio: holds no samples')
+    if not self.config.quirks.drop_tail:
+      return np.pad(rest_N, (0, -len(rest_N) % self.hop)).reshape(-1, self.hop)
+    if num_samples < self.hop:
+      raise LmsptError(f'{num_samples} samples at {self.sample_rate} Hz: shorter than one frame ({self.hop}), and '
+                       'this model drops the tail (quirks.drop_tail); give longer audio')
+    return np.zeros((0, self.hop), np.float32)
+
+  def _decoding(self, items: list[Codes], path: str) -> tuple[WindowedProgram, Iterable[list[np.ndarray]]]:
     """What decodes these codes, and its input."""
-    if path not in PATHS:
-      raise LmsptError(f'path {path!r}: use one of {", ".join(PATHS)}')
+    method = self._method(path)
     for codes in items:
       self._check(codes)
+    return self._program(method), ([self._all_codebooks(codes, path)] for codes in items)
 
-    def frames() -> Iterator[list[np.ndarray]]:
-      for codes in items:
-        ids_KT = (codes.ids if path == 'full' else codes.ids[:1]).astype(np.int32)
-        # A code of -1 adds nothing: one program for any number of codebooks.
-        yield [np.pad(ids_KT, ((0, self.num_codebooks - len(ids_KT)), (0, 0)), constant_values=-1).T]
+  def _all_codebooks(self, codes: Codes, path: str) -> np.ndarray:
+    """int32 [T, all K]: a code of -1 adds nothing, so one program decodes any number of codebooks."""
+    ids_KT = (codes.ids if path == 'full' else codes.ids[:1]).astype(np.int32)
+    return np.pad(ids_KT, ((0, self.num_codebooks - len(ids_KT)), (0, 0)), constant_values=-1).T
 
-    return self._program('resynthesize' if path == 'resynthesis' else 'decode'), frames()
+  @staticmethod
+  def _method(path: str) -> str:
+    """The model's, that decodes so."""
+    if path not in PATHS:
+      raise LmsptError(f'path {path!r}: use one of {", ".join(PATHS)}')
+    return 'resynthesize' if path == 'resynthesis' else 'decode'
 
   def _hop(self, path: str) -> int:
     """Samples of decoded speech a frame."""
     return math.prod(self.config.model.resynthesis_rates) if path == 'resynthesis' else self.hop
 
-  def _length(self, codes: Codes, path: str) -> int:
-    """Samples of decoded speech."""
-    if path == 'resynthesis':
-      return round(codes.num_samples * self.resynthesis_sample_rate / self.sample_rate)
-    return codes.num_samples
+  def _length(self, num_samples: int, path: str) -> int:
+    """Samples of decoded speech, of so many at the model's rate."""
+    ratio = self.resynthesis_sample_rate / self.sample_rate
+    return round(num_samples * ratio) if path == 'resynthesis' else num_samples
 
   @staticmethod
   def _checked_rate(sample_rate: float) -> int:
@@ -310,18 +404,33 @@ class Tokenizer:
 
   def _make_program(self, method: str) -> WindowedProgram:
     """One of the model's methods: samples [n, hop] to codes [n, K], or codes to samples [n, V]."""
-    graphdef, devices = self._folded[0], jax.local_devices()
-
-    def encode(weights: Any, audio_BTV: jax.Array, frames_B: jax.Array) -> jax.Array:
-      model = nnx.merge(graphdef, *weights)
-      return model.encode(audio_BTV.reshape(len(audio_BTV), -1), frames_B).transpose(0, 2, 1)
-
-    def decode(weights: Any, codes_BTK: jax.Array, frames_B: jax.Array) -> jax.Array:
-      audio_BN = getattr(nnx.merge(graphdef, *weights), method)(codes_BTK.transpose(0, 2, 1), frames_B)
-      return audio_BN.reshape(*codes_BTK.shape[:2], -1)
-
+    devices, function = jax.local_devices(), self._function(method)
     reach = {'encode': encoder_reach, 'decode': decoder_reach, 'resynthesize': resynthesis_reach}[method]
     on_cpu = devices[0].platform == 'cpu'
-    streams = min(_MOST_STREAMS_ON_CPU, os.cpu_count() or 1) if on_cpu else _STREAMS * len(devices)
-    return WindowedProgram(encode if method == 'encode' else decode, self._weights, reach(self.config.model),
-                           rows=_ROWS_ON_CPU if on_cpu else _ROWS, streams=streams, devices=devices)
+    return WindowedProgram(function, self._weights, reach(self.config.model),
+                           rows=_ROWS_ON_CPU if on_cpu else _ROWS, devices=devices,
+                           streams=min(_MOST_STREAMS_ON_CPU, os.cpu_count() or 1) if on_cpu else _STREAMS * len(devices))
+
+  def _make_stream(self, method: str) -> StreamedProgram:
+    """The same, frame by frame."""
+    if not self.config.model.causal:
+      raise LmsptError(f'model {self.model_hash} is not causal (model.causal = False), so its codes depend on later '
+                       'audio: stream with a model trained from configs/lmspt_12_5hz_causal.py, or use encode')
+    function = self._function(method)
+    frame_W = np.zeros(self.hop, np.float32) if method == 'encode' else np.zeros(self.num_codebooks, np.int32)
+    return StreamedProgram(lambda weights, frames_BTW, past: function(weights, frames_BTW, None, past),
+                           self._weights(jax.local_devices()[0]), frame_W)
+
+  def _function(self, method: str) -> Callable[..., jax.Array]:
+    """(weights, frames_BTW, number of frames [B], past) -> frames_BTV."""
+    graphdef = self._folded[0]
+
+    def encode(weights: Any, audio_BTV: jax.Array, frames_B: jax.Array | None, past: Past | None = None) -> jax.Array:
+      model = nnx.merge(graphdef, *weights)
+      return model.encode(audio_BTV.reshape(len(audio_BTV), -1), frames_B, past).transpose(0, 2, 1)
+
+    def decode(weights: Any, codes_BTK: jax.Array, frames_B: jax.Array | None, past: Past | None = None) -> jax.Array:
+      audio_BN = getattr(nnx.merge(graphdef, *weights), method)(codes_BTK.transpose(0, 2, 1), frames_B, past)
+      return audio_BN.reshape(*codes_BTK.shape[:2], -1)
+
+    return encode if method == 'encode' else decode

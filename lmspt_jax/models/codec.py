@@ -6,7 +6,8 @@ padding, as in the LM-SPT release.
 `dtype` is that of activations. Audio comes in and goes out, and latents go out, in float32: the convolutions there
 work in it. `remat` says what is recomputed in the backward pass: 'none', 'unit' (residual units) or 'block'.
 `steps_B`, here in samples for encoders and in frames for decoders, says where items end (`layers`); without it, all end
-with the array. How far an output sees is in `reach`.
+with the array. `past` makes the array a piece of a recording, in whole frames; of causal networks alone. How far an
+output sees is in `reach`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from jax.typing import DTypeLike as DType
 from jaxtyping import Array, Float, Int
 
 from lmspt_jax.models.layers import Conv1d, ResidualUnit, Snake, Upsample1d, recomputed, until
+from lmspt_jax.models.past import Past
 
 
 class EncoderBlock(nnx.Module):
@@ -30,10 +32,11 @@ class EncoderBlock(nnx.Module):
                        dtype=dtype, rngs=rngs)
     self.remat = remat
 
-  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None) -> Float[Array, 'B S O']:
+  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None,
+               past: Past | None = None) -> Float[Array, 'B S O']:
     for unit in self.units:
-      x_BTC = recomputed(unit, self.remat == 'unit')(x_BTC, steps_B)
-    return self.conv(self.snake(x_BTC), steps_B)
+      x_BTC = recomputed(unit, self.remat == 'unit')(x_BTC, steps_B, past)
+    return self.conv(self.snake(x_BTC), steps_B, past)
 
 
 class Encoder(nnx.Module):
@@ -62,14 +65,15 @@ class Encoder(nnx.Module):
     self.conv_out = Conv1d(channels, latent_dim, 3, padding=1, causal=causal, rngs=rngs)
     self.dtype, self.remat = dtype, remat
 
-  def __call__(self, audio_BN: Float[Array, 'B N'], steps_B: Int[Array, 'B'] | None = None) -> Float[Array, 'B T C']:
+  def __call__(self, audio_BN: Float[Array, 'B N'], steps_B: Int[Array, 'B'] | None = None,
+               past: Past | None = None) -> Float[Array, 'B T C']:
     """N, and so every item's end, must be a multiple of the hop, else PyTorch's arithmetic drops the tail; the callers
     pad."""
-    x_BTC = self.conv_in(audio_BN[:, :, None], steps_B).astype(self.dtype)
+    x_BTC = self.conv_in(audio_BN[:, :, None], steps_B, past).astype(self.dtype)
     for block in self.blocks:
-      x_BTC = recomputed(block, self.remat == 'block')(x_BTC, steps_B)
+      x_BTC = recomputed(block, self.remat == 'block')(x_BTC, steps_B, past)
       steps_B = block.conv.steps_after(steps_B)
-    return self.conv_out(self.snake_out(x_BTC), steps_B)
+    return self.conv_out(self.snake_out(x_BTC), steps_B, past)
 
 
 class DecoderBlock(nnx.Module):
@@ -82,11 +86,12 @@ class DecoderBlock(nnx.Module):
     self.units = nnx.List([ResidualUnit(out_channels, d, causal=causal, dtype=dtype, rngs=rngs) for d in dilations])
     self.remat = remat
 
-  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None) -> Float[Array, 'B S O']:
-    x_BTC = self.upsample(self.snake(x_BTC), steps_B)
+  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None,
+               past: Past | None = None) -> Float[Array, 'B S O']:
+    x_BTC = self.upsample(self.snake(x_BTC), steps_B, past)
     steps_B = self.upsample.steps_after(steps_B)
     for unit in self.units:
-      x_BTC = recomputed(unit, self.remat == 'unit')(x_BTC, steps_B)
+      x_BTC = recomputed(unit, self.remat == 'unit')(x_BTC, steps_B, past)
     return x_BTC
 
 
@@ -116,10 +121,11 @@ class Decoder(nnx.Module):
     self.conv_out = Conv1d(channels, 1, 7, padding=3, causal=causal, rngs=rngs)
     self.remat = remat
 
-  def __call__(self, z_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None) -> Float[Array, 'B N']:
+  def __call__(self, z_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None,
+               past: Past | None = None) -> Float[Array, 'B N']:
     """Samples past an item's end are 0."""
-    x_BTC = self.conv_in(z_BTC, steps_B)
+    x_BTC = self.conv_in(z_BTC, steps_B, past)
     for block in self.blocks:
-      x_BTC = recomputed(block, self.remat == 'block')(x_BTC, steps_B)
+      x_BTC = recomputed(block, self.remat == 'block')(x_BTC, steps_B, past)
       steps_B = block.upsample.steps_after(steps_B)
-    return until(jnp.tanh(self.conv_out(self.snake_out(x_BTC), steps_B))[:, :, 0], steps_B)
+    return until(jnp.tanh(self.conv_out(self.snake_out(x_BTC), steps_B, past))[:, :, 0], steps_B)

@@ -13,13 +13,14 @@ import numpy as np
 from flax import nnx
 
 from lmspt_jax.config import ModelConfig
-from lmspt_jax.models.layers import Conv1d, Upsample1d
+from lmspt_jax.models.layers import Conv1d, Upsample1d, upsampling_kernel
 from lmspt_jax.models.tokenizer import merge_tokenizer, split_tokenizer
 
 
 def folded_tokenizer(config: ModelConfig, params: dict[str, Any],
                      codebooks: dict[str, Any]) -> tuple[nnx.GraphDef, dict, dict]:
-  """`split_tokenizer` of the model around these arrays, every `weight_v` being the kernel float32 [K, I, O]."""
+  """`split_tokenizer` of the model around these arrays, every `weight_v` being the kernel float32 [K, I, O], those of
+  transposed convolutions as `upsampling_kernel` lays them out."""
   module = merge_tokenizer(config, params, codebooks)
   for _, layer in nnx.iter_modules(module):
     if isinstance(layer, Conv1d | Upsample1d):
@@ -27,6 +28,7 @@ def folded_tokenizer(config: ModelConfig, params: dict[str, Any],
       others = tuple(axis for axis in range(3) if axis != layer.gain_axis)
       gain = np.asarray(layer.weight_g[...], np.float64).reshape([-1 if a == layer.gain_axis else 1 for a in range(3)])
       kernel_KIO = v_KIO * (gain / np.sqrt(np.sum(np.square(v_KIO), axis=others, keepdims=True)))
-      layer.weight_v = nnx.Param(kernel_KIO.astype(np.float32))
+      kernel = kernel_KIO.astype(np.float32)
+      layer.weight_v = nnx.Param(upsampling_kernel(kernel, layer.rate) if isinstance(layer, Upsample1d) else kernel)
       layer.weight_g = None
   return split_tokenizer(module)

@@ -6,7 +6,8 @@ All convolutions are weight-normalised as in the release: parameters `weight_v` 
 the kernel is g * v / |v|, the norm taken over every axis but PyTorch's first. That is the output channel of a
 convolution and the *input* channel of a transposed one (arXiv 1602.07868; torch.nn.utils.weight_norm, dim=0).
 
-A layer without `weight_g` is folded (`folding`): its `weight_v` is the kernel, and it convolves in the `steady` form.
+A layer without `weight_g` is folded (`folding`): its `weight_v` is the kernel, a transposed one's laid out for
+`steady_upsampling`, and it convolves in the `steady` form.
 
 Kernels start as PyTorch's convolutions do, uniform within 1/sqrt(fan in); biases start at 0.
 
@@ -15,6 +16,9 @@ Kernels start as PyTorch's convolutions do, uniform within 1/sqrt(fan in); biase
 `steps_B` says where each item of a batch ends if that is before the end of the array. A convolution with more than one
 tap reads zeros from there on, as it does past the end of an array, so that an item's steps do not depend on what
 follows it; what a layer returns past an item's end is arbitrary. `steps_after` of a layer is where its output ends.
+
+`past` says what was before the array where that is not zeros: the array is then a piece of a recording, in whole
+strides, and the layer must be causal.
 """
 
 from __future__ import annotations
@@ -29,7 +33,8 @@ from flax import nnx
 from jax.typing import DTypeLike as DType
 from jaxtyping import Array, Float, Int
 
-from lmspt_jax.models.steady import steady_convolution
+from lmspt_jax.models.past import Past
+from lmspt_jax.models.steady import steady_convolution, steady_product
 
 # A TPU multiplies float32 in bfloat16 unless told otherwise, which would change which code is nearest.
 PRECISION = jax.lax.Precision.HIGHEST
@@ -57,7 +62,7 @@ def normalised_kernel(v_KIO: Array, g: Array, axis: int) -> Array:
 
 
 def _kernel(layer: Conv1d | Upsample1d) -> Array:
-  """The kernel [K, I, O] that is applied."""
+  """The kernel that is applied: [K, I, O], of a folded transposed convolution as `steady_upsampling` takes it."""
   v_KIO = layer.weight_v[...]
   return v_KIO if layer.weight_g is None else normalised_kernel(v_KIO, layer.weight_g[...], layer.gain_axis)
 
@@ -74,7 +79,8 @@ def snake(x: Array, alpha: Float[Array, 'C']) -> Array:
 
 def _snake_forward(x, alpha):
   wide = x.astype(jnp.float32)
-  return (wide + jnp.square(jnp.sin(alpha * wide)) / (alpha + 1e-9)).astype(x.dtype), (x, alpha)
+  # XLA makes this product of a division where there are several steps, and would not where there is one.
+  return (wide + jnp.square(jnp.sin(alpha * wide)) * (1 / (alpha + 1e-9))).astype(x.dtype), (x, alpha)
 
 
 def _snake_backward(saved, grad):
@@ -121,17 +127,23 @@ class Conv1d(nnx.Module):
     """Steps that come of a whole number of strides."""
     return None if steps is None else steps // self.stride
 
-  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None) -> Float[Array, 'B S O']:
+  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None,
+               past: Past | None = None) -> Float[Array, 'B S O']:
     x_BTC = x_BTC.astype(self.dtype)
     kernel_KIO = _kernel(self).astype(self.dtype)
     if self.kernel_size == 1 and self.stride == 1:
-      y_BSO = jnp.einsum('btc,co->bto', x_BTC, kernel_KIO[0], precision=PRECISION)
+      if self.weight_g is None:
+        y_BSO = steady_product(x_BTC, kernel_KIO[0], PRECISION)
+      else:
+        y_BSO = jnp.einsum('btc,co->bto', x_BTC, kernel_KIO[0], precision=PRECISION)
       return (y_BSO + self.bias[...]).astype(self.dtype)
     x_BTC = until(x_BTC, steps_B)
     padding = (self.padding, self.padding)
     if self.causal:
       reach = (self.kernel_size - 1) * self.dilation + 1
       padding = (reach - self.stride, -x_BTC.shape[1] % self.stride)
+      if past is not None:
+        x_BTC, padding = past.before(x_BTC, padding[0]), (0, 0)
     if self.weight_g is None:
       y_BSO = steady_convolution(x_BTC, kernel_KIO, self.stride, self.dilation, padding, PRECISION)
       return (y_BSO + self.bias[...]).astype(self.dtype)
@@ -168,10 +180,13 @@ class Upsample1d(nnx.Module):
     """Steps that come of `steps`; of 0, none or fewer."""
     return None if steps is None else (steps + 1) * self.rate - sum(self.trimmed)
 
-  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None) -> Float[Array, 'B S O']:
-    kernel_KIO = _kernel(self).astype(self.dtype)
-    y_BSO = transposed_convolution(until(x_BTC, steps_B).astype(self.dtype), kernel_KIO, self.rate)
-    start, stop = self.trimmed
+  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None,
+               past: Past | None = None) -> Float[Array, 'B S O']:
+    kernel = _kernel(self).astype(self.dtype)
+    x_BTC, (start, stop) = until(x_BTC, steps_B).astype(self.dtype), self.trimmed
+    if past is not None:  # the step before, in whose place nothing new comes
+      x_BTC, start = past.before(x_BTC, 1), start + self.rate
+    y_BSO = (steady_upsampling if self.weight_g is None else transposed_convolution)(x_BTC, kernel, self.rate)
     return (y_BSO[:, start : y_BSO.shape[1] - stop] + self.bias[...]).astype(self.dtype)
 
 
@@ -188,12 +203,15 @@ def transposed_convolution(x_BTC: Array, kernel_KIO: Array, rate: int) -> Array:
 
 
 def _upsample_by_products(x_BTC: Array, kernel_KIO: Array, rate: int) -> Array:
-  # Output step t * rate + j is x[t] @ kernel[j] + x[t - 1] @ kernel[rate + j]: one product with both rows side by side.
-  batch, steps, _ = x_BTC.shape
-  pairs = jnp.concatenate([jnp.pad(x_BTC, ((0, 0), (0, 1), (0, 0))), jnp.pad(x_BTC, ((0, 0), (1, 0), (0, 0)))], axis=-1)
   kernel = jnp.concatenate([kernel_KIO[:rate], kernel_KIO[rate:]], axis=1)  # [rate, 2 C, O]
-  y = jnp.einsum('btc,jco->btjo', pairs, kernel, precision=PRECISION)
-  return y.reshape(batch, (steps + 1) * rate, kernel_KIO.shape[-1])
+  y = jnp.einsum('btc,jco->btjo', _pairs(x_BTC), kernel, precision=PRECISION)
+  return y.reshape(x_BTC.shape[0], (x_BTC.shape[1] + 1) * rate, kernel_KIO.shape[-1])
+
+
+def _pairs(x_BTC: Array) -> Array:
+  """[B, T + 1, 2 C]: output step t * rate + j is x[t] @ kernel[j] + x[t - 1] @ kernel[rate + j], one product with both
+  rows side by side."""
+  return jnp.concatenate([jnp.pad(x_BTC, ((0, 0), (0, 1), (0, 0))), jnp.pad(x_BTC, ((0, 0), (1, 0), (0, 0)))], axis=-1)
 
 
 def _upsample_by_dilation(x_BTC: Array, kernel_KIO: Array, rate: int) -> Array:
@@ -201,6 +219,26 @@ def _upsample_by_dilation(x_BTC: Array, kernel_KIO: Array, rate: int) -> Array:
   return jax.lax.conv_general_dilated(
       x_BTC, kernel_KIO[::-1], (1,), [(edge, edge)], lhs_dilation=(rate,),
       dimension_numbers=('NWC', 'WIO', 'NWC'), precision=PRECISION)
+
+
+def steady_upsampling(x_BTC: Array, kernel: Array, rate: int) -> Array:
+  """`transposed_convolution` with its kernel laid out as the product wants it, by `upsampling_kernel`: laying it out at
+  every call would take longer than the product where there are few steps."""
+
+  def by_products(x: Array, kernel: Array) -> Array:
+    return steady_product(_pairs(x), kernel, PRECISION).reshape(x.shape[0], (x.shape[1] + 1) * rate, -1)
+
+  def by_dilation(x: Array, kernel: Array) -> Array:
+    halves = kernel.reshape(2, x.shape[2], rate, -1)
+    return _upsample_by_dilation(x, halves.transpose(0, 2, 1, 3).reshape(2 * rate, x.shape[2], -1), rate)
+
+  return jax.lax.platform_dependent(x_BTC, kernel, cpu=by_products, default=by_dilation)
+
+
+def upsampling_kernel(kernel_KIO: Any, rate: int) -> Any:
+  """[2 * rate, I, O] -> [2 I, rate * O]."""
+  _, channels, outputs = kernel_KIO.shape
+  return kernel_KIO.reshape(2, rate, channels, outputs).transpose(0, 2, 1, 3).reshape(2 * channels, rate * outputs)
 
 
 class ResidualUnit(nnx.Module):
@@ -214,8 +252,9 @@ class ResidualUnit(nnx.Module):
     self.snake_out = Snake(channels)
     self.conv_out = Conv1d(channels, channels, 1, causal=causal, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None) -> Float[Array, 'B T C']:
-    return x_BTC + self.conv_out(self.snake_out(self.conv_in(self.snake_in(x_BTC), steps_B)))
+  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None,
+               past: Past | None = None) -> Float[Array, 'B T C']:
+    return x_BTC + self.conv_out(self.snake_out(self.conv_in(self.snake_in(x_BTC), steps_B, past)))
 
 
 def fit_length(x_BN: Float[Array, 'B M'], num_samples: int) -> Float[Array, 'B N']:

@@ -1,9 +1,13 @@
-"""Convolutions whose every sum has the same order, whatever the number of threads.
+"""Convolutions whose every sum has the same order, whatever the number of threads and of steps.
 
 XLA's CPU compiler hands a convolution to Eigen, which cuts long sums into pieces: their size differs between one thread
 and several, and where the output is small the threads share a sum. So the last bits depend on the number of cores, and
 on the number of devices, as JAX starts at least a thread for each; a code then flips where two are nearly as good.
 Matrix products go another way and do not have this, nor have convolutions with short sums (docs/same_tokens.md).
+
+A matrix product's sums are cut too, into blocks of 128, 256 or 512 products: the fewer rows there are, the smaller the
+blocks, and a single row is summed in one go. What a step becomes would depend on how many steps come with it, so a
+product that has too few rows for the largest blocks gets rows of zeros.
 
 Axes: B batch, T steps, S steps out, K kernel taps, C and I channels in, O channels out.
 """
@@ -14,9 +18,25 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-_SUM = 128  # products in one sum of a convolution; Eigen sums so many in one go wherever a core has 32 KiB of L1
+_SUM = 128  # products in one sum; Eigen sums so many in one go wherever a core has 32 KiB of L1
 _SLICED = 96  # most channels whose convolution is cut into ones with short sums: faster than a product up to there
 _NARROW = 8  # fewer output channels than this: threads would share sums
+_ROWS = 64  # from so many rows on, a product's sums are cut as with any number of them
+_LONG, _WHOLE = 1024, 64  # long sums for a multiple of so many outputs are cut so from two rows on
+
+
+def steady_product(x_BTC: Array, kernel_CO: Array, precision: jax.lax.Precision) -> Array:
+  """[B, T, C] and [C, O] -> [B, T, O]."""
+  plain = lambda x, kernel: jnp.einsum('btc,co->bto', x, kernel, precision=precision)
+  return jax.lax.platform_dependent(x_BTC, kernel_CO, cpu=lambda x, kernel: _product_on_cpu(x, kernel, precision),
+                                    default=plain)
+
+
+def _product_on_cpu(x_BTC: Array, kernel_CO: Array, precision: jax.lax.Precision) -> Array:
+  (batch, steps, channels), outputs = x_BTC.shape, kernel_CO.shape[1]
+  rows = 1 if channels <= _SUM else 2 if channels >= _LONG and outputs % _WHOLE == 0 else _ROWS
+  x_BTC = jnp.pad(x_BTC, ((0, 0), (0, max(0, -(-rows // batch) - steps)), (0, 0)))
+  return jnp.einsum('btc,co->bto', x_BTC, kernel_CO, precision=precision)[:, :steps]
 
 
 def steady_convolution(x_BTC: Array, kernel_KIO: Array, stride: int, dilation: int, padding: tuple[int, int],
@@ -41,9 +61,9 @@ def steady_convolution(x_BTC: Array, kernel_KIO: Array, stride: int, dilation: i
     seen = [slice(tap * dilation, tap * dilation + (steps - 1) * stride + 1, stride) for tap in range(taps)]
     x = jnp.pad(x, ((0, 0), padding, (0, 0)))
     if outputs < _NARROW:  # every tap's products of every step, then the sum over taps
-      y = jnp.einsum('btc,kco->btko', x, kernel, precision=precision)
-      return sum(y[:, one, tap] for tap, one in enumerate(seen))
+      y = _product_on_cpu(x, kernel.transpose(1, 0, 2).reshape(channels, taps * outputs), precision)
+      return sum(y[:, one, tap * outputs:(tap + 1) * outputs] for tap, one in enumerate(seen))
     windows = jnp.concatenate([x[:, one] for one in seen], axis=-1)
-    return jnp.einsum('bsc,co->bso', windows, kernel.reshape(taps * channels, outputs), precision=precision)
+    return _product_on_cpu(windows, kernel.reshape(taps * channels, outputs), precision)
 
   return jax.lax.platform_dependent(x_BTC, kernel_KIO, cpu=on_cpu, default=convolution)

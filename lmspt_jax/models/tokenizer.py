@@ -4,6 +4,8 @@ Axes: B batch, N samples, M samples at the resynthesis rate, T frames, C latent 
 
 Where items are shorter than the array, `frames_B` gives their numbers of frames: what an item's frames become is then
 what they would become in an array that ends there. Codes past that are arbitrary, samples are 0.
+
+Where an array is a piece of a recording that goes on, `past` is what the pieces before left behind (causal models).
 """
 
 from __future__ import annotations
@@ -18,6 +20,7 @@ from jaxtyping import Array, Float, Int
 from lmspt_jax.config import FLOAT32, ComputeConfig, ModelConfig
 from lmspt_jax.models.codec import Decoder, Encoder
 from lmspt_jax.models.layers import fit_length
+from lmspt_jax.models.past import Past
 from lmspt_jax.models.quantizers import CodebookState, QuantizerOutput, ResidualQuantizer
 
 
@@ -75,50 +78,52 @@ class SpeechTokenizer(nnx.Module):
         audio=self._main(semantic.quantized + acoustic.quantized),
         resynthesis=self._auxiliary(semantic.quantized), semantic=semantic, acoustic=acoustic)
 
-  def encode(self, audio_BN: Float[Array, 'B N'], frames_B: Int[Array, 'B'] | None = None) -> Int[Array, 'B K T']:
+  def encode(self, audio_BN: Float[Array, 'B N'], frames_B: Int[Array, 'B'] | None = None,
+             past: Past | None = None) -> Int[Array, 'B K T']:
     """Waveform to codes, semantic first; N a multiple of the hop, T = N / hop."""
-    semantic, acoustic = self._quantize(audio_BN, frames_B, None, False)
+    semantic, acoustic = self._quantize(audio_BN, frames_B, None, False, past)
     return jnp.concatenate([semantic.codes, acoustic.codes], axis=-1).transpose(0, 2, 1)
 
-  def decode(self, codes_BKT: Int[Array, 'B K T'], frames_B: Int[Array, 'B'] | None = None) -> Float[Array, 'B N']:
+  def decode(self, codes_BKT: Int[Array, 'B K T'], frames_B: Int[Array, 'B'] | None = None,
+             past: Past | None = None) -> Float[Array, 'B N']:
     """All codebooks (or the first K) to speech, N = T * hop. A negative code adds nothing."""
     codes_BTK = codes_BKT.transpose(0, 2, 1)
     z_BTC = self.semantic_quantizer.lookup(codes_BTK[..., :1])
     if codes_BTK.shape[-1] > 1:
       z_BTC = z_BTC + self.acoustic_quantizer.lookup(codes_BTK[..., 1:])
-    return self._main(z_BTC, frames_B)
+    return self._main(z_BTC, frames_B, past)
 
   def decode_semantic(self, codes_BKT: Int[Array, 'B K T']) -> Float[Array, 'B N']:
     """The semantic codebook alone through the main decoder."""
     return self.decode(codes_BKT[:, :1])
 
-  def resynthesize(self, codes_BKT: Int[Array, 'B K T'],
-                   frames_B: Int[Array, 'B'] | None = None) -> Float[Array, 'B M']:
+  def resynthesize(self, codes_BKT: Int[Array, 'B K T'], frames_B: Int[Array, 'B'] | None = None,
+                   past: Past | None = None) -> Float[Array, 'B M']:
     """The semantic codebook alone through the auxiliary decoder, at `resynthesis_sample_rate`."""
-    return self._auxiliary(self.semantic_quantizer.lookup(codes_BKT[:, :1].transpose(0, 2, 1)), frames_B)
+    return self._auxiliary(self.semantic_quantizer.lookup(codes_BKT[:, :1].transpose(0, 2, 1)), frames_B, past)
 
   def _quantize(self, audio_BN: Array, frames_B: Array | None, active_B: Array | None,
-                attached: bool) -> tuple[QuantizerOutput, QuantizerOutput]:
+                attached: bool, past: Past | None = None) -> tuple[QuantizerOutput, QuantizerOutput]:
     if audio_BN.ndim != 2 or audio_BN.shape[1] % self.config.hop:
       raise ValueError(f'audio of shape {audio_BN.shape}: give [batch, samples] with samples a multiple of the hop, '
                        f'{self.config.hop} (right-pad with zeros)')
     samples_B = None if frames_B is None else frames_B * self.config.hop
-    latent = self.semantic_encoder(audio_BN, samples_B)
+    latent = self.semantic_encoder(audio_BN, samples_B, past)
     semantic = self.semantic_quantizer(latent)
     if not self.config.shared_encoder:
-      latent = self.acoustic_encoder(audio_BN, samples_B)
+      latent = self.acoustic_encoder(audio_BN, samples_B, past)
     if self.config.subtract_semantic:
       z_semantic = semantic.quantized
       latent = latent - (z_semantic if attached else jax.lax.stop_gradient(z_semantic))
     return semantic, self.acoustic_quantizer(latent, active_B)
 
-  def _main(self, z_BTC: Array, frames_B: Array | None = None) -> Array:
-    return fit_length(self.decoder(z_BTC, frames_B), z_BTC.shape[1] * self.config.hop)
+  def _main(self, z_BTC: Array, frames_B: Array | None = None, past: Past | None = None) -> Array:
+    return fit_length(self.decoder(z_BTC, frames_B, past), z_BTC.shape[1] * self.config.hop)
 
-  def _auxiliary(self, z_BTC: Array, frames_B: Array | None = None) -> Array:
+  def _auxiliary(self, z_BTC: Array, frames_B: Array | None = None, past: Past | None = None) -> Array:
     config = self.config
     samples = z_BTC.shape[1] * config.hop * config.resynthesis_sample_rate // config.sample_rate
-    return fit_length(self.resynthesis_decoder(z_BTC, frames_B), samples)
+    return fit_length(self.resynthesis_decoder(z_BTC, frames_B, past), samples)
 
 
 def split_tokenizer(module: SpeechTokenizer) -> tuple[nnx.GraphDef, dict, dict]:
