@@ -21,6 +21,7 @@ EXIT_FAULT = 1  # a fault the user can mend
 EXIT_USAGE = 2  # a command line that cannot be read
 EXIT_RESUME = 75  # EX_TEMPFAIL of sysexits.h: not a fault, start the same command again
 EXIT_KEYBOARD = 130  # 128 + SIGINT
+EXIT_READER_GONE = 141  # 128 + SIGPIPE: nobody reads what a stream writes
 
 
 _REPR = reprlib.Repr()
@@ -40,6 +41,10 @@ class LmsptError(Exception):
     if not line.isprintable():
       line = _cut(''.join(c if c.isprintable() else c.encode('unicode_escape').decode() for c in line))
     super().__init__(line)
+
+
+class UsageError(LmsptError):
+  """A command line that cannot be read."""
 
 
 class Interrupted(Exception):

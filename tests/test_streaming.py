@@ -1,4 +1,4 @@
-"""A causal model hears a recording piece by piece, and its codes and speech are those of the whole (docs/streaming.md)."""
+"""A causal model hears a recording in pieces; its codes and speech are those of the whole (docs/streaming.md)."""
 
 from __future__ import annotations
 
@@ -160,13 +160,13 @@ def test_nothing_follows_an_end(tokenizer, speech):
 
 def test_not_causal(tiny_tokenizer):
   for start in (tiny_tokenizer.start, tiny_tokenizer.start_decoding):
-    with pytest.raises(LmsptError, match='not causal.*lmspt_12_5hz_causal'):
+    with pytest.raises(LmsptError, match=r'not causal.*lmspt_12_5hz_causal'):
       start()
 
 
 FSQ = QuantizerConfig(kind='fsq', fsq_levels=(8, 5, 5))
-VARIANTS = {'shared encoder': dict(shared_encoder=True), 'no subtraction, fsq': dict(subtract_semantic=False, semantic=FSQ),
-            'few channels': dict()}
+VARIANTS = {'shared encoder': dict(shared_encoder=True),
+            'no subtraction, fsq': dict(subtract_semantic=False, semantic=FSQ)}
 
 
 @pytest.mark.parametrize('name', VARIANTS)

@@ -5,7 +5,7 @@ when it is called, so `lmspt prepare` loads no jax and `lmspt --help` loads noth
 
 Exit status: 0 success; 1 a fault the user can mend (one line on stderr); 2 a command line that cannot be read;
 75 a training run that was told to stop and saved, or that lost a host: to be started again; 130 interrupted from the
-keyboard.
+keyboard; 141 a stream whose reader left.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from typing import NoReturn
 
 from lmspt_jax.cli import flags
-from lmspt_jax.errors import EXIT_FAULT, EXIT_KEYBOARD, EXIT_USAGE, LmsptError, nearest
+from lmspt_jax.errors import EXIT_FAULT, EXIT_KEYBOARD, EXIT_USAGE, LmsptError, UsageError, nearest
 from lmspt_jax.version import __version__
 
 _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # whatever was written where
@@ -26,18 +26,14 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # whatever wa
 VERBS = {
     'train': 'train a tokenizer, or resume a run',
     'prepare': 'audio and transcripts to shards',
-    'encode': 'audio files to codes',
-    'decode': 'codes to audio files',
+    'encode': 'audio files to codes; or a stream of samples',
+    'decode': 'codes to audio files; or a stream of codes',
     'tokenize': 'a corpus to token shards for a language model',
     'plan': 'compile for a TPU slice without one: memory, FLOPs, bytes, collectives',
     'export': 'a model as a folder to pass on: weights, config, card, checksums',
     'convert': "weights from one format to another: a tokenizer's, a Whisper's",
     'info': 'versions and devices; what a model is',
 }
-
-
-class UsageError(LmsptError):
-  """A command line that cannot be read."""
 
 
 class Parser(argparse.ArgumentParser):

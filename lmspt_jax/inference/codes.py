@@ -42,17 +42,22 @@ class Codes:
   model_hash: str = ''
 
 
+def ids_dtype(largest_codebook: int) -> np.dtype:
+  """Of ids in a file or a stream, little-endian: uint16 where they fit, else int32."""
+  return np.dtype('<u2' if largest_codebook <= 2**16 else '<i4')
+
+
 def write_codes(path: str | os.PathLike, codes: Codes, largest_codebook: int) -> None:
   """One npz without pickled objects; the file appears whole or not at all.
 
   Args:
-    largest_codebook: ids are uint16 if this is at most 65536, else int32.
+    largest_codebook: decides the ids' dtype (`ids_dtype`).
 
   Raises:
     LmsptError: the file can't be written.
   """
   path = Path(path)
-  ids = codes.ids.astype(np.uint16 if largest_codebook <= 2**16 else np.int32)
+  ids = codes.ids.astype(ids_dtype(largest_codebook))
   temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
   try:
     with temporary.open('wb') as file:

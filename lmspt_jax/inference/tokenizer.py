@@ -136,7 +136,7 @@ class Tokenizer:
       LmsptError: no samples, NaN or infinite samples, not floats, a shape or a sample rate that can't be.
     """
     many = isinstance(audio, list | tuple) and (not audio or not np.isscalar(audio[0]))
-    sample_rate = self._checked_rate(sample_rate)
+    sample_rate = self.checked_rate(sample_rate)
     items = [self._checked(np.asarray(item)) for item in (audio if many else [audio])]
     codes = self._encode(mono_blocks([item], sample_rate, self.sample_rate) for item in items)
     return codes if many else codes[0]
@@ -153,7 +153,7 @@ class Tokenizer:
     Raises:
       LmsptError: as `encode`.
     """
-    sample_rate = self._checked_rate(sample_rate)
+    sample_rate = self.checked_rate(sample_rate)
     checked = (self._checked(np.asarray(block)) for block in blocks)
     return self._encode([mono_blocks(checked, sample_rate, self.sample_rate)])[0]
 
@@ -202,8 +202,7 @@ class Tokenizer:
       state: of `start`, or of the `push` before; it stays as it is.
 
     Returns:
-      (codes of the frames whose last sample is now there, maybe none; the state after them). All pieces end to end are
-      the codes that `encode` returns.
+      (codes of the frames whose last sample is now there, the state after them). All end to end are those of `encode`.
 
     Raises:
       LmsptError: samples as `encode` refuses them, a state of something else.
@@ -357,7 +356,8 @@ class Tokenizer:
     return round(num_samples * ratio) if path == 'resynthesis' else num_samples
 
   @staticmethod
-  def _checked_rate(sample_rate: float) -> int:
+  def checked_rate(sample_rate: float) -> int:
+    """Hz; raises LmsptError where that can't be resampled."""
     if sample_rate != int(sample_rate) or not MIN_RATE <= sample_rate <= MAX_RATE:
       raise LmsptError(f'sample rate {sample_rate} Hz: must be a whole number, {MIN_RATE} to {MAX_RATE} Hz')
     return int(sample_rate)

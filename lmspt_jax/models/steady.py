@@ -5,7 +5,7 @@ and several, and where the output is small the threads share a sum. So the last 
 on the number of devices, as JAX starts at least a thread for each; a code then flips where two are nearly as good.
 Matrix products go another way and do not have this, nor have convolutions with short sums (docs/same_tokens.md).
 
-A matrix product's sums are cut too, into blocks of 128, 256 or 512 products: the fewer rows there are, the smaller the
+A matrix product's sums are cut too, into blocks of up to 512 products: the fewer rows there are, the smaller the
 blocks, and a single row is summed in one go. What a step becomes would depend on how many steps come with it, so a
 product that has too few rows for the largest blocks gets rows of zeros.
 
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array
 
-_SUM = 128  # products in one sum; Eigen sums so many in one go wherever a core has 32 KiB of L1
+_SUM = 128  # products in one sum of a convolution; Eigen sums so many in one go wherever a core has 32 KiB of L1
 _SLICED = 96  # most channels whose convolution is cut into ones with short sums: faster than a product up to there
 _NARROW = 8  # fewer output channels than this: threads would share sums
 _ROWS = 64  # from so many rows on, a product's sums are cut as with any number of them
@@ -34,7 +34,7 @@ def steady_product(x_BTC: Array, kernel_CO: Array, precision: jax.lax.Precision)
 
 def _product_on_cpu(x_BTC: Array, kernel_CO: Array, precision: jax.lax.Precision) -> Array:
   (batch, steps, channels), outputs = x_BTC.shape, kernel_CO.shape[1]
-  rows = 1 if channels <= _SUM else 2 if channels >= _LONG and outputs % _WHOLE == 0 else _ROWS
+  rows = 2 if channels >= _LONG and outputs % _WHOLE == 0 else _ROWS
   x_BTC = jnp.pad(x_BTC, ((0, 0), (0, max(0, -(-rows // batch) - steps)), (0, 0)))
   return jnp.einsum('btc,co->bto', x_BTC, kernel_CO, precision=precision)[:, :steps]
 

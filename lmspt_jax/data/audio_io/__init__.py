@@ -283,6 +283,11 @@ def encode_flac(audio: np.ndarray, sample_rate: int, subtype: str = 'PCM_16') ->
   return buffer.getvalue()
 
 
+def to_pcm(audio: np.ndarray) -> np.ndarray:
+  """int16, clipped to [-1, 1). 16-bit audio that was read as float32 comes back bit for bit."""
+  return np.clip(np.rint(audio * 32768.0), -32768, 32767).astype(np.int16)
+
+
 def write_wav(path: str | os.PathLike, audio: np.ndarray, rate: int) -> None:
   """`write_wav_blocks` of one array, float [N] or [N, channels]."""
   write_wav_blocks(path, [audio], rate)
@@ -312,7 +317,7 @@ def write_wav_blocks(path: str | os.PathLike, blocks: Iterable[np.ndarray], rate
       if file is None:
         channels = 1 if block.ndim == 1 else block.shape[1]
         file = soundfile.SoundFile(temporary, 'w', samplerate=rate, channels=channels, subtype='PCM_16', format='WAV')
-      file.write(np.clip(np.rint(block * 32768.0), -32768, 32767).astype(np.int16))
+      file.write(to_pcm(block))
       written += len(block)
     file.close()
     os.replace(temporary, path)
