@@ -91,11 +91,10 @@ def assert_same(found, wanted):
 
 @pytest.mark.parametrize('length', [1, 7, HOP - 1, HOP, HOP + 1, TEN_SECONDS, None])
 def test_pieces_of_any_length(tokenizer, speech, whole, length):
-  if length == 1:
-    speech = speech[:2 * HOP + 5]
+  wanted = whole[0]
+  if length in (1, 7):  # fewer pieces
+    speech = speech[:2 * length * HOP + 5]
     wanted = tokenizer.encode(speech, sample_rate=RATE)
-  else:
-    wanted = whole[0]
   if length is None:
     lengths = np.random.default_rng(0).choice([0, 1, 7, 100, HOP, 2 * HOP + 3, 9000], 80)
   else:
@@ -106,7 +105,7 @@ def test_pieces_of_any_length(tokenizer, speech, whole, length):
 @pytest.mark.parametrize('path', ['full', 'semantic', 'resynthesis'])
 def test_speech_in_pieces(tokenizer, whole, path):
   wanted = tokenizer.decode(whole[0], path=path)
-  for lengths in ([1] * 600, [0, 3, 0, 200, 17]):
+  for lengths in ([1] * 9, [0, 3, 0, 200, 17]):
     np.testing.assert_array_equal(decoded(tokenizer, whole[0], lengths, path), wanted)
   assert np.abs(wanted).max() > 0.01
 
