@@ -115,7 +115,7 @@ def test_refuses_audio(tiny_tokenizer, audio, rate, word):
 ])
 def test_refuses_codes(tiny_tokenizer, changes, word):
   codes = Codes(np.zeros((4, 10), int), 4800, 24_000, 50.0)
-  tiny_tokenizer._check(codes)
+  check_codes(codes, tiny_tokenizer.config.model, tiny_tokenizer.model_hash)
   with pytest.raises(LmsptError) as error:
     tiny_tokenizer.decode(dataclasses.replace(codes, **changes))
   assert word in str(error.value)

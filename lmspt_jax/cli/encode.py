@@ -44,11 +44,12 @@ def run(args: argparse.Namespace) -> int:
 
 def _stream(args: argparse.Namespace) -> int:
   from lmspt_jax.data.audio_io import mono_blocks
+  from lmspt_jax.inference.checks import checked_rate
   from lmspt_jax.inference.codes import Codes, ids_dtype
   from lmspt_jax.inference.tokenizer import Tokenizer
 
   tokenizer = Tokenizer.from_pretrained(args.model)
-  rate = tokenizer.sample_rate if args.rate is None else tokenizer.checked_rate(args.rate)
+  rate = tokenizer.sample_rate if args.rate is None else checked_rate(args.rate)
   dtype, state = ids_dtype(max(tokenizer.codebook_sizes)), tokenizer.start()
   tokenizer.push(np.zeros(tokenizer.hop, np.float32), state)  # compiles, before anything is late
   print(f'lmspt encode: {rate} Hz int16 in; {tokenizer.num_codebooks} x {dtype.name} out, {tokenizer.frame_rate:g} '

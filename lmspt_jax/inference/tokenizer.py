@@ -17,8 +17,9 @@ import numpy as np
 from flax import nnx
 
 from lmspt_jax.config import ModelConfig
-from lmspt_jax.data.audio_io import MAX_CHANNELS, MAX_RATE, MIN_RATE, mono_blocks, to_mono_at
+from lmspt_jax.data.audio_io import mono_blocks, to_mono_at
 from lmspt_jax.errors import LmsptError
+from lmspt_jax.inference.checks import check_codes, checked_audio, checked_rate
 from lmspt_jax.inference.codes import Codes
 from lmspt_jax.inference.streaming import DecodingState, EncodingState, StreamedProgram, check_state
 from lmspt_jax.inference.windows import WindowedProgram
@@ -136,8 +137,8 @@ class Tokenizer:
       LmsptError: no samples, NaN or infinite samples, not floats, a shape or a sample rate that can't be.
     """
     many = isinstance(audio, list | tuple) and (not audio or not np.isscalar(audio[0]))
-    sample_rate = self.checked_rate(sample_rate)
-    items = [self._checked(np.asarray(item)) for item in (audio if many else [audio])]
+    sample_rate = checked_rate(sample_rate)
+    items = [checked_audio(np.asarray(item)) for item in (audio if many else [audio])]
     codes = self._encode(mono_blocks([item], sample_rate, self.sample_rate) for item in items)
     return codes if many else codes[0]
 
@@ -153,8 +154,8 @@ class Tokenizer:
     Raises:
       LmsptError: as `encode`.
     """
-    sample_rate = self.checked_rate(sample_rate)
-    checked = (self._checked(np.asarray(block)) for block in blocks)
+    sample_rate = checked_rate(sample_rate)
+    checked = (checked_audio(np.asarray(block)) for block in blocks)
     return self._encode([mono_blocks(checked, sample_rate, self.sample_rate)])[0]
 
   def decode(self, codes: Codes | Sequence[Codes], path: str = 'full') -> np.ndarray | list[np.ndarray]:
@@ -210,7 +211,7 @@ class Tokenizer:
     check_state(state, EncodingState, self.model_hash)
     samples = np.asarray(samples)
     if samples.size:
-      samples = to_mono_at(self._checked(samples), self.sample_rate, self.sample_rate)
+      samples = to_mono_at(checked_audio(samples), self.sample_rate, self.sample_rate)
     waiting_N = np.concatenate([state.rest_N, samples.reshape(-1)]).astype(np.float32, copy=False)
     whole = len(waiting_N) // self.hop * self.hop
     ids_TK, past = self._stream('encode')(state.past, waiting_N[:whole].reshape(-1, self.hop))
@@ -254,7 +255,7 @@ class Tokenizer:
     check_state(state, DecodingState, self.model_hash)
     if not codes.ids.shape[-1]:
       return np.zeros(0, np.float32), state
-    self._check(codes)
+    check_codes(codes, self.config.model, self.model_hash)
     if state.num_samples % self.hop:
       raise LmsptError(f'codes after the end of a recording of {state.num_samples} samples, which is not a number of '
                        f'whole frames of {self.hop}: begin anew with start_decoding')
@@ -331,7 +332,7 @@ class Tokenizer:
     """What decodes these codes, and its input."""
     method = self._method(path)
     for codes in items:
-      self._check(codes)
+      check_codes(codes, self.config.model, self.model_hash)
     return self._program(method), ([self._all_codebooks(codes, path)] for codes in items)
 
   def _all_codebooks(self, codes: Codes, path: str) -> np.ndarray:
@@ -355,49 +356,6 @@ class Tokenizer:
     ratio = self.resynthesis_sample_rate / self.sample_rate
     return round(num_samples * ratio) if path == 'resynthesis' else num_samples
 
-  @staticmethod
-  def checked_rate(sample_rate: float) -> int:
-    """Hz; raises LmsptError where that can't be resampled."""
-    if sample_rate != int(sample_rate) or not MIN_RATE <= sample_rate <= MAX_RATE:
-      raise LmsptError(f'sample rate {sample_rate} Hz: must be a whole number, {MIN_RATE} to {MAX_RATE} Hz')
-    return int(sample_rate)
-
-  @staticmethod
-  def _checked(audio: np.ndarray) -> np.ndarray:
-    """float32 [N] or [N, C], N >= 1."""
-    if audio.dtype.kind != 'f':
-      raise LmsptError(f'audio of type {audio.dtype}: give floats in [-1, 1] (16-bit samples divided by 32768)')
-    if audio.ndim not in (1, 2) or (audio.ndim == 2 and audio.shape[0] > MAX_CHANNELS):
-      raise LmsptError(f'audio of shape {audio.shape}: give [samples] or [channels, samples] (transpose what '
-                       'soundfile reads)')
-    if not audio.size:
-      raise LmsptError(f'audio of shape {audio.shape}: holds no samples')
-    with np.errstate(over='ignore'):  # what does not fit float32 is infinite
-      audio = audio.astype(np.float32, copy=False)
-    if not np.isfinite(audio).all():
-      raise LmsptError(f'audio of shape {audio.shape}: holds NaN or infinite samples')
-    return audio.T
-
-  def _check(self, codes: Codes) -> None:
-    ids = codes.ids
-    if codes.model_hash not in ('', self.model_hash):
-      raise LmsptError(f'codes of model {codes.model_hash}, not of this one ({self.model_hash}): use the model that '
-                       "made them (any model decodes codes with model_hash='')")
-    if ids.ndim != 2 or not 1 <= ids.shape[0] <= self.num_codebooks or not ids.shape[1]:
-      raise LmsptError(f'ids of shape {ids.shape}: this model has {self.num_codebooks} codebooks; give '
-                       f'[1 to {self.num_codebooks}, at least 1 frame]')
-    for k, (ids_T, size) in enumerate(zip(ids, self.codebook_sizes, strict=False)):
-      if ids_T.min() < 0 or ids_T.max() >= size:
-        raise LmsptError(f'ids of codebook {k} from {ids_T.min()} to {ids_T.max()}: this model has codes 0 to '
-                         f'{size - 1} there; use the model that made them')
-    if codes.sample_rate != self.sample_rate:
-      raise LmsptError(f'codes of speech at {codes.sample_rate} Hz: this model works at {self.sample_rate} Hz; use the '
-                       'model that made them')
-    if codes.num_samples < 1 or self.config.model.num_frames(codes.num_samples) != ids.shape[1]:
-      least, most = (ids.shape[1] - 1) * self.hop + 1, ids.shape[1] * self.hop
-      raise LmsptError(f'num_samples {codes.num_samples}: {ids.shape[1]} frames of {self.hop} samples hold {least} to '
-                       f'{most}; use the model that made them')
-
   @functools.cached_property
   def _folded(self) -> tuple[nnx.GraphDef, dict, dict]:
     return folded_tokenizer(self.config.model, self.params, self.codebooks)
@@ -406,10 +364,12 @@ class Tokenizer:
     """One of the model's methods: samples [n, hop] to codes [n, K], or codes to samples [n, V]."""
     devices, function = jax.local_devices(), self._function(method)
     reach = {'encode': encoder_reach, 'decode': decoder_reach, 'resynthesize': resynthesis_reach}[method]
-    on_cpu = devices[0].platform == 'cpu'
-    return WindowedProgram(function, self._weights, reach(self.config.model),
-                           rows=_ROWS_ON_CPU if on_cpu else _ROWS, devices=devices,
-                           streams=min(_MOST_STREAMS_ON_CPU, os.cpu_count() or 1) if on_cpu else _STREAMS * len(devices))
+    if devices[0].platform == 'cpu':
+      rows, streams = _ROWS_ON_CPU, min(_MOST_STREAMS_ON_CPU, os.cpu_count() or 1)
+    else:
+      rows, streams = _ROWS, _STREAMS * len(devices)
+    return WindowedProgram(function, self._weights, reach(self.config.model), rows=rows, streams=streams,
+                           devices=devices)
 
   def _make_stream(self, method: str) -> StreamedProgram:
     """The same, frame by frame."""

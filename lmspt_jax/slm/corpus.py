@@ -38,14 +38,14 @@ from lmspt_jax.data.mixture import check_shards
 from lmspt_jax.data.sources import Source, open_source
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.files import read_json, sha256
-from lmspt_jax.inference.codes import Codes
+from lmspt_jax.inference.codes import Codes, ids_dtype
 from lmspt_jax.inference.tokenizer import Tokenizer
 from lmspt_jax.slm import quality, summary
 from lmspt_jax.slm.manifest import SUFFIXES, Manifest, write_manifest
 from lmspt_jax.slm.plan import SHARD_UTTERANCES, Shard, plan_shards
 from lmspt_jax.slm.progress import Progress
 from lmspt_jax.slm.recordings import Recording, recordings
-from lmspt_jax.slm.token_rows import TokenRow, dtype_of, from_table, pack_row, to_table
+from lmspt_jax.slm.token_rows import TokenRow, from_table, pack_row, to_table
 from lmspt_jax.version import __version__
 
 FORMAT = 1  # of what is kept; raise it when the same data and model come out differently
@@ -73,6 +73,11 @@ class Job:
 
   def note(self, shard: Shard) -> Path:
     return self.state / 'shards' / f'{shard.name}.arrow'
+
+  @property
+  def dtype(self) -> str:
+    """Of stored ids."""
+    return ids_dtype(max(self.tokenizer.codebook_sizes)).name
 
   @property
   def made_with(self) -> dict[str, str]:
@@ -171,7 +176,7 @@ class _Run:
 
   def __init__(self, job: Job, shards: list[Shard], max_fault_rate: float, bar: Progress):
     self._job, self._shards, self._max_fault_rate, self._bar = job, shards, max_fault_rate, bar
-    self._dtype = dtype_of(job.tokenizer.codebook_sizes)
+    self._dtype = job.dtype
     self._parts: dict[int, _Part] = {}  # by row
     self._missing: dict[str, int] = {}  # parts of a shard
     self._seen, self._faults = 0, 0
@@ -264,7 +269,7 @@ def _write_shard(job: Job, shard: Shard) -> None:
 
   parquet, records = (job.out / f'{shard.name}{suffix}' for suffix in ('.parquet', '.arrayrecord'))
   with replacing(parquet) as temporary, contextlib.closing(
-      pq.ParquetWriter(str(temporary), to_table([], dtype_of(job.tokenizer.codebook_sizes)).schema,
+      pq.ParquetWriter(str(temporary), to_table([], job.dtype).schema,
                        compression='zstd')) as writer:
     for path in paths:
       writer.write_table(read_batch(path)[0].replace_schema_metadata())

@@ -17,11 +17,12 @@ from lmspt_jax.data.kept import read_batch
 from lmspt_jax.data.sources import Source
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.files import sha256
+from lmspt_jax.inference.codes import ids_dtype
 from lmspt_jax.inference.tokenizer import Tokenizer
 from lmspt_jax.slm import quality
 from lmspt_jax.slm.manifest import Manifest, ShardFiles
 from lmspt_jax.slm.plan import Shard
-from lmspt_jax.slm.token_rows import TokenRow, dtype_of
+from lmspt_jax.slm.token_rows import TokenRow
 from lmspt_jax.slm.vocabulary import Vocabulary
 
 MAX_NAMES = 1000  # of each kind of fault in the manifest
@@ -90,7 +91,7 @@ def summarize(source: Source, state: Path, out: Path, shards: Sequence[tuple[Sha
       model={'hash': tokenizer.model_hash, 'name': model.config.name, 'step': model.step,
              'config': to_dict(model.config.model), 'license': tokenizer.license},
       made_with=made_with, frame_rate=tokenizer.frame_rate, sample_rate=rate, hop=tokenizer.hop,
-      dtype=dtype_of(tokenizer.codebook_sizes), codebook_sizes=tokenizer.codebook_sizes,
+      dtype=ids_dtype(max(tokenizer.codebook_sizes)).name, codebook_sizes=tokenizer.codebook_sizes,
       vocabulary=Vocabulary(tokenizer.codebook_sizes),
       data={'source': _short(source.uri), 'split': split, 'utterances': len(source),
             'fingerprint': source.index.fingerprint(), 'licenses': source.index.counts('license')},

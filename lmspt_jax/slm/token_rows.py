@@ -37,11 +37,6 @@ class TokenRow:
   ids: np.ndarray
 
 
-def dtype_of(codebook_sizes: Sequence[int]) -> str:
-  """Of stored ids: 'uint16', or 'int32' if a codebook has more than 65536 codes."""
-  return 'uint16' if max(codebook_sizes) <= 1 << 16 else 'int32'
-
-
 def to_table(rows: Sequence[TokenRow], dtype: str) -> pa.Table:
   """Columns id, text, language, speaker (string), num_samples (int64), ids (list of lists)."""
   columns: dict[str, Any] = {name: pa.array([getattr(row, name) for row in rows], pa.string()) for name in LABELS}
