@@ -5,9 +5,8 @@
 DIR is a folder with manifest.jsonl, such as benchmarks/make_speech_corpus.py makes; as many of its recordings are drawn
 as give so many tokens. `lmspt tokenize` writes them once; its tokens are compared with those of
 
-  another order, in lists of 1, 3 and 16, each row of a list by itself
-  arrays whose last frame is filled up with zeros, and 20 of them behind longer and shorter neighbours
-  blocks of 1 to 100,000 samples
+  lists of 1, 3 or 16 recordings, in a random order
+  one recording at a time, its last frame filled up with zeros; or in blocks of 1 to 100,000 samples
   eight devices, and two hosts with four devices each (`lmspt tokenize` again, its files byte for byte)
   the StableHLO and ONNX graphs, each recording as a whole
 
@@ -62,27 +61,25 @@ def main() -> int:
         f'model {tokenizer.model_hash}', flush=True)
   rng, wrong = np.random.default_rng(0), 0
 
-  def lists(size: int) -> Iterator[tuple[str, np.ndarray]]:
-    order = rng.permutation(names)
-    for start in range(0, len(order), size):
-      part = order[start:start + size].tolist()
+  def lists() -> Iterator[tuple[str, np.ndarray]]:
+    order = rng.permutation(names).tolist()
+    while order:
+      size = int(rng.choice((1, 3, 16)))
+      part, order = order[:size], order[size:]
       codes = tokenizer.encode([load_mono(paths[name], rate) for name in part], sample_rate=rate)
       yield from ((name, one.ids) for name, one in zip(part, codes, strict=True))
 
-  def padded() -> Iterator[tuple[str, np.ndarray]]:
-    for name in names:
+  def alone() -> Iterator[tuple[str, np.ndarray]]:
+    for number, name in enumerate(names):
       audio = load_mono(paths[name], rate)
-      yield name, tokenizer.encode(np.pad(audio, (0, -len(audio) % hop)), sample_rate=rate).ids
-
-  def blocks() -> Iterator[tuple[str, np.ndarray]]:
-    for name in names:
-      audio = load_mono(paths[name], rate)
+      if number % 2:
+        yield name, tokenizer.encode(np.pad(audio, (0, -len(audio) % hop)), sample_rate=rate).ids
+        continue
       cuts = np.cumsum(10 ** rng.uniform(0, 5, 10_000)).astype(int)
       parts = np.split(audio, cuts[cuts < len(audio)])
       yield name, tokenizer.encode_blocks((part for part in parts if len(part)), sample_rate=rate).ids
 
-  ways: dict[str, Check] = {'lists of 1': lambda: lists(1), 'lists of 3': lambda: lists(3),
-                            'lists of 16': lambda: lists(16), 'filled up with zeros': padded, 'blocks': blocks}
+  ways: dict[str, Check] = {'lists of 1, 3 and 16, shuffled': lists, 'alone, filled up or in blocks': alone}
   for way, check in ways.items():
     start, differing = time.monotonic(), 0
     found = 0

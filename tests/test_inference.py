@@ -10,6 +10,7 @@ import soundfile
 
 from lmspt_jax import Codes, LmsptError, Tokenizer
 from lmspt_jax.checkpoint import restore_for_inference
+from lmspt_jax.inference.checks import check_codes
 from lmspt_jax.inference.codes import read_codes, write_codes
 from lmspt_jax.pretrained.model import model_hash
 
