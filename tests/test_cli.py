@@ -61,13 +61,14 @@ def test_a_real_process_ends_with_one_line_and_status_1(repo, tmp_path):
 def test_help_names_every_verb(lmspt):
   status, out, _ = lmspt('--help')
   assert status == 0
-  for verb in ('train', 'prepare', 'encode', 'decode', 'plan', 'convert', 'info'):
+  for verb in ('train', 'prepare', 'encode', 'decode', 'tokenize', 'plan', 'export', 'convert', 'info'):
     assert f'\n  {verb} ' in out
 
 
 @pytest.mark.parametrize('argv, word', [
     (['trian'], "did you mean 'train'"),
-    (['encode', '--model=m'], '--out'),
+    (['encode', '--model=m', 'x.wav'], '--out'),
+    (['encode', '--model=m', '--out=o'], 'AUDIO is missing'),
     (['decode', '--model=m', '--out=o', '--path=aux', 'x.npz'], 'aux'),
     (['encode', '--modell=m', '--out=o', '--model=m', 'x.wav'], '--modell'),
     (['encode', '--model=m', '--out=o', '--config.train.seed=1', 'x.wav'], 'takes no --config.train.seed'),
