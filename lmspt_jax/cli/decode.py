@@ -35,7 +35,7 @@ def run(args: argparse.Namespace) -> int:
                        f'out {extra} (see lmspt decode --help)')
     return _stream(args)
   if not args.codes or args.out is None:
-    raise UsageError(f'{"--out=DIR" if args.codes else "CODES.npz"} is missing; or --stream (see lmspt decode --help)')
+    raise UsageError('give --out=DIR and CODES.npz, or --stream (see lmspt decode --help)')
   return _files(args)
 
 

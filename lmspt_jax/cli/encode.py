@@ -36,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
                        f'{args.audio[0] if args.audio else "--out"} (see lmspt encode --help)')
     return _stream(args)
   if not args.audio or args.out is None:
-    raise UsageError(f'{"--out=DIR" if args.audio else "AUDIO"} is missing; or --stream (see lmspt encode --help)')
+    raise UsageError('give --out=DIR and AUDIO, or --stream (see lmspt encode --help)')
   if args.rate is not None:
     raise UsageError('--rate is for --stream: files know theirs (see lmspt encode --help)')
   return _files(args)
