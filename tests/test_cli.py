@@ -68,7 +68,7 @@ def test_help_names_every_verb(lmspt):
 @pytest.mark.parametrize('argv, word', [
     (['trian'], "did you mean 'train'"),
     (['encode', '--model=m', 'x.wav'], '--out'),
-    (['encode', '--model=m', '--out=o'], 'AUDIO is missing'),
+    (['encode', '--model=m', '--out=o'], 'AUDIO'),
     (['decode', '--model=m', '--out=o', '--path=aux', 'x.npz'], 'aux'),
     (['encode', '--modell=m', '--out=o', '--model=m', 'x.wav'], '--modell'),
     (['encode', '--model=m', '--out=o', '--config.train.seed=1', 'x.wav'], 'takes no --config.train.seed'),
