@@ -7,6 +7,7 @@ module takes dataclasses. Defaults are the authors' release `12d5hz_v1` (arXiv 2
 
 from __future__ import annotations
 
+from lmspt_jax.config.changes import binding_changes, changed_fields
 from lmspt_jax.config.conversion import (
   from_config_dict,
   from_dict,
@@ -51,6 +52,8 @@ __all__ = [
   'QuirksConfig',
   'TeacherConfig',
   'TrainConfig',
+  'binding_changes',
+  'changed_fields',
   'from_config_dict',
   'from_dict',
   'to_config_dict',

@@ -11,12 +11,11 @@ from jax.sharding import NamedSharding
 
 from lmspt_jax import hosts
 from lmspt_jax.checkpoint import saved_run
-from lmspt_jax.config import ExperimentConfig, ModelConfig, to_dict
+from lmspt_jax.config import ExperimentConfig, ModelConfig, changed_fields, to_dict
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.models.tokenizer import abstract_tokenizer
 from lmspt_jax.pretrained.loading import load
 from lmspt_jax.training.state import Experiment, TrainState
-from lmspt_jax.training.workdir import changed_fields
 
 # Of the model's config, what training alone reads.
 _FREE = ('dropout', 'ema_decay', 'data_init', 'usage_decay')

@@ -19,7 +19,7 @@ import optax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from lmspt_jax import checkpoint
-from lmspt_jax.config import ExperimentConfig, to_dict
+from lmspt_jax.config import ExperimentConfig, changed_fields, to_dict
 from lmspt_jax.data.mixture import Mixture
 from lmspt_jax.data.pipeline import example_records, training_batches
 from lmspt_jax.errors import LmsptError
@@ -30,7 +30,6 @@ from lmspt_jax.training.compiled import placed
 from lmspt_jax.training.setup import MODEL_INPUTS, load_teacher
 from lmspt_jax.training.state import Experiment, TrainState
 from lmspt_jax.training.step import make_train_step
-from lmspt_jax.training.workdir import changed_fields
 
 FILE_NAME = 'skipped.jsonl'
 FOLDER = 'nonfinite'

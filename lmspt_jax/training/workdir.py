@@ -4,30 +4,21 @@ from __future__ import annotations
 
 import json
 import platform
-import re
 import secrets
 import shlex
 import sys
 import time
 from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 from lmspt_jax import hosts
 from lmspt_jax.checkpoint import has_checkpoint
-from lmspt_jax.config import ExperimentConfig, to_dict
+from lmspt_jax.config import ExperimentConfig, binding_changes, to_dict
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.files import read_json
 
 CONFIG = 'config.json'
 _SEEN_WITHIN = 60.0  # seconds after which a file that host 0 wrote is on no storage that this host shares
-# What may change when a run goes on: nothing that the parameters depend on. Data may move (the checkpoint knows which
-# utterances it held).
-FREE_FIELDS = re.compile('|'.join((
-    r'data\.num_workers', r'data\.max_fault_rate', r'data\.train\.\d+\.uri', r'mesh\.\w+',
-    r'compute\.(accumulation|remat_\w+|tpu_convolution_target)',
-    r'train\.(log_every|eval_every|eval_utterances|eval_audio|eval_seconds)',
-    r'train\.(checkpoint_every|keep_checkpoints|max_skipped_steps)')))
 _PACKAGES = ('lmspt_jax', 'jax', 'jaxlib', 'flax', 'optax', 'orbax-checkpoint', 'grain', 'numpy')
 
 
@@ -79,8 +70,7 @@ def _prepare(config: ExperimentConfig, workdir: Path) -> None:
       raise LmsptError(f'{error}; remove it or use another --workdir') from error
     if not isinstance(before, dict):
       raise LmsptError(f'{path}: not a config; remove it or use another --workdir')
-    found = changed_fields(before, to_dict(config))
-    changed = [text for name, text in found.items() if not FREE_FIELDS.fullmatch(name)]
+    changed = binding_changes(before, to_dict(config))
     if changed:
       more = f' and {len(changed) - 4} more' if len(changed) > 4 else ''
       raise LmsptError(f'{workdir}: holds a run with another config ({", ".join(changed[:4])}{more}); use another '
@@ -93,26 +83,10 @@ def _prepare(config: ExperimentConfig, workdir: Path) -> None:
     file.write(f'{time.strftime("%Y-%m-%dT%H:%M:%S%z")} {shlex.join(sys.argv)}\n')
 
 
-def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:
-  """'NAME: VALUE there, VALUE now' of every field that differs between two configs, by its dotted name."""
-  before, now = _flatten(before), _flatten(now)
-  return {name: f'{name}: {before.get(name)!r} there, {now.get(name)!r} now'
-          for name in sorted({**before, **now}) if before.get(name) != now.get(name)}
-
-
 def _write(path: Path, text: str) -> None:
   temporary = path.with_name(path.name + '.tmp')
   temporary.write_text(text + '\n')
   temporary.replace(path)
-
-
-def _flatten(tree: dict[str, Any], prefix: str = '') -> dict[str, Any]:
-  flat = {}
-  for key, value in tree.items():
-    if isinstance(value, list) and any(isinstance(element, dict) for element in value):
-      value = dict(enumerate(value))
-    flat |= _flatten(value, f'{prefix}{key}.') if isinstance(value, dict) else {f'{prefix}{key}': value}
-  return flat
 
 
 def _installed(name: str) -> bool:
