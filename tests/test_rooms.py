@@ -16,7 +16,8 @@ ROOMS = (
     ('pretrained',),  # whole models in and out, with what is known of them
     ('training',),
     ('export', 'planning', 'inference'),
-    ('evaluation', 'slm'),
+    ('export', 'planning', 'inference'),
+    ('evaluation', 'slm', 'sweeps'),
     ('cli',),
     ('demo', '__main__', '__init__'),  # __init__ is the package's front door: it looks up Tokenizer on demand
 )
@@ -107,7 +108,7 @@ def loaded_by(statement: str) -> set[str]:
 
 
 @pytest.mark.parametrize('module', ['lmspt_jax', 'lmspt_jax.cli.main', 'lmspt_jax.cli.prepare', 'lmspt_jax.cli.flags',
-                                    'lmspt_jax.data.prepare', 'lmspt_jax.data.pipeline'])
+                                    'lmspt_jax.cli.sweep', 'lmspt_jax.data.prepare', 'lmspt_jax.data.pipeline'])
 def test_loads_without_jax(module):
   assert not loaded_by(f'import {module}') & {'jax', 'jaxlib', 'flax', 'torch', 'tensorflow'}
 

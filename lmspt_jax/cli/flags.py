@@ -79,36 +79,44 @@ def load(reference: str, overrides: Sequence[tuple[str, str]] = ()) -> Experimen
 
 
 def _get_config(reference: str) -> ml_collections.ConfigDict:
+  result = call_file('config', reference)
+  if not isinstance(result, ml_collections.ConfigDict):
+    raise LmsptError(f'--config={reference}: get_config returned {type(result).__name__}: '
+                     'return lmspt_jax.config.to_config_dict(ExperimentConfig(...))')
+  return result
+
+
+def call_file(kind: str, reference: str) -> Any:
+  """What get_KIND([ARG]) returns in the Python file of `--KIND=FILE[:ARG]`.
+
+  Raises LmsptError: no such file, no Python, no such function, or it doesn't take what is given.
+  """
+  option, function = f'--{kind}={reference}', f'get_{kind}'
   path, _, argument = reference.partition(':')  # the argument may hold more of them: demo.py:folder:DIR
   if not Path(path).is_file():
     here = Path(path).parent
     known = sorted(str(p) for p in here.glob('*.py')) if here.is_dir() else []
     way_out = nearest(path, known) if known else 'check the path'
-    raise LmsptError(f'--config={reference}: no file {path}: {way_out}')
-  spec = importlib.util.spec_from_file_location(f'lmspt_config_{Path(path).stem}', path)
+    raise LmsptError(f'{option}: no file {path}: {way_out}')
+  spec = importlib.util.spec_from_file_location(f'lmspt_{kind}_{Path(path).stem}', path)
   if spec is None:
-    raise LmsptError(f'--config={reference}: {path} is not a Python file: give one with get_config()')
+    raise LmsptError(f'{option}: {path} is not a Python file: give one with {function}()')
   module = importlib.util.module_from_spec(spec)
   try:
     spec.loader.exec_module(module)
   except SyntaxError as error:  # also what is no text at all
     where = f'{error.filename}:{error.lineno}' if error.lineno else path
-    raise LmsptError(f'--config={reference}: {where} is not Python ({error.msg}): give a file with '
-                     'get_config()') from error
-  get_config = getattr(module, 'get_config', None)
-  if not callable(get_config):
-    raise LmsptError(f'--config={reference}: {path} has no function get_config(): see configs/ for examples')
+    raise LmsptError(f'{option}: {where} is not Python ({error.msg}): give a file with {function}()') from error
+  found = getattr(module, function, None)
+  if not callable(found):
+    raise LmsptError(f'{option}: {path} has no function {function}(): see configs/ for examples')
   arguments = (argument,) if argument else ()
   try:
-    inspect.signature(get_config).bind(*arguments)
+    inspect.signature(found).bind(*arguments)
   except TypeError as error:
     way_out = f'it takes no argument, leave out :{argument}' if argument else 'it needs one, write FILE:ARG'
-    raise LmsptError(f'--config={reference}: get_config in {path}: {way_out}') from error
-  result = get_config(*arguments)
-  if not isinstance(result, ml_collections.ConfigDict):
-    raise LmsptError(f'--config={reference}: get_config in {path} returned {type(result).__name__}: '
-                     'return lmspt_jax.config.to_config_dict(ExperimentConfig(...))')
-  return result
+    raise LmsptError(f'{option}: {function} in {path}: {way_out}') from error
+  return found(*arguments)
 
 
 def _override(values: dict[str, Any], name: str, text: str) -> None:

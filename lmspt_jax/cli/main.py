@@ -25,6 +25,7 @@ _NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS}  # whatever wa
 
 VERBS = {
     'train': 'train a tokenizer, or resume a run',
+    'sweep': 'train many runs of one config, and compare them',
     'prepare': 'audio and transcripts to shards',
     'encode': 'audio files to codes; or a stream of samples',
     'decode': 'codes to audio files; or a stream of codes',
