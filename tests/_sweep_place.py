@@ -62,8 +62,11 @@ if action.startswith('half:'):
   action = action.removeprefix('half:')
 if action == 'meet':
   (workdir.parent / f'met_{workdir.name}').touch()
+  end = time.monotonic() + 30
   while len(list(workdir.parent.glob('met_*'))) < 2:
     time.sleep(0.01)
+    if time.monotonic() > end:
+      sys.exit(97)
   action = '0'
 if action in ('wait', 'slow'):
   (workdir / 'waiting').touch()

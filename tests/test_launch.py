@@ -167,6 +167,7 @@ GKE = ('--name=n', '--image=i', '--volume=c:/runs')
     (('launch/local.sh', '--pause=nan', '--workdir=w'), '--pause=nan'),
     (('launch/local.sh', '--config=c'), '--workdir'),
     (('launch/slurm.sh', '--', '--config=c'), '--workdir'),
+    (('launch/slurm.sh', '--', '--workdir=w', '--', '--config=c'), '--workdir'),
     (('launch/slurm.sh', '--grace=1.5', '--', '--workdir=w'), '--grace=1.5'),
     ((*TPU, '--dir=d', '--', '--config=c'), '--workdir'),
     ((*TPU, '--', '--workdir=w'), '--dir'),
@@ -407,6 +408,26 @@ def test_slurm_requeues_only_what_can_go_on(slurm, plan, state, status, again, s
   assert finish(run_job(slurm, plan))[0] == status
   assert (requeued(slurm), len(slurm.starts())) == (again, starts)
   assert (slurm.root / 'cpus').read_text() == '6\n'  # which srun does not take from the job by itself
+
+
+def test_several_runs_are_one_slurm_array(slurm):
+  other = slurm.root / "it's other"
+  done = slurm.start('launch/slurm.sh', '--time=9', '--', '--config=a.py', f'--workdir={other}', '--',
+                     '--config=b.py', f'--workdir={slurm.workdir}', '--config.name=x y')
+  assert finish(done)[0] == 0
+  assert (slurm.root / 'sbatch.argv').read_text().split()[-2:] == ['--array=0-1', '--time=9']
+  job = (slurm.root / 'job.sh').read_text()
+  shellcheck('--exclude=SC2016', '-', text=job)
+  # Slurm gives one of them the number of the whole array: told or requeued by that, all of them would be.
+  process = slurm.start('bash', 'job.sh', plan='wait', SLURM_JOB_ID='42', SLURM_ARRAY_JOB_ID='42',
+                        SLURM_ARRAY_TASK_ID='1')
+  slurm.wait_for('waiting0', process)
+  process.terminate()
+  assert finish(process)[0] == 75
+  assert (slurm.root / 'scancel').read_text() == '--signal=TERM 42_1\n'
+  assert (slurm.root / 'scontrol').read_text() == 'requeue 42_1\n'
+  assert slurm.starts()[0]['argv'][3:] == ['--config=b.py', f'--workdir={slurm.workdir}', '--config.name=x y']
+  assert not other.exists()
 
 
 # ---------------------------------------------------------------- TPU VM, by a stub of gcloud

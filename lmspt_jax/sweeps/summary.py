@@ -114,7 +114,7 @@ def _cell(done: Sequence[Result], figure: str) -> str:
   if not values:
     return ''
   found = statistic(values)
-  text = f'{found.mean:.4g}' + (f' ± {found.deviation:.2g}' if found.count > 1 else '')
+  text = f'{found.mean:.4g}' + ('' if math.isnan(found.deviation) else f' ± {found.deviation:.2g}')
   return text if found.count == len(done) else f'{text} ({found.count})'
 
 
