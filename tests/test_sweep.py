@@ -263,22 +263,27 @@ def test_slurm_takes_one_array(place, lmspt, repo):
 
 def test_runs_are_handed_over_once(place, lmspt):
   launcher = place.root / 'slurm.sh'
-  launcher.write_text('#!/bin/sh\necho "$@" >>"$(dirname "$0")/calls"\n[ ! -e "$(dirname "$0")/broken" ] || exit 3\n')
+  launcher.write_text('''#!/bin/sh
+    cd "$(dirname "$0")" && echo "$@" >>calls
+    [ ! -e refuses ] || exit 3
+    [ "$1" = --dry-run ] || [ ! -e breaks ] || exit 4
+  ''')
   launcher.chmod(0o755)
   calls = lambda: (place.root / 'calls').read_text().splitlines()
   place.plan()
-  (place.root / 'broken').touch()
   option = f"--launcher='{launcher}' --time=9"
-  status, _, err = lmspt(option)
-  assert status == 1 and 'ended with status 3; it says above why' in err and len(calls()) == 1
-  assert [place.state(name) for name in place.members()] == ['waiting'] * 4
-  (place.root / 'broken').unlink()
+  for how, ended, count in (('refuses', 3, 1), ('breaks', 4, 3)):
+    (place.root / how).touch()
+    status, _, err = lmspt(option)
+    assert status == 1 and f'ended with status {ended}; it says above why' in err and len(calls()) == count
+    assert [place.state(name) for name in place.members()] == ['waiting'] * 4
+    (place.root / how).unlink()
   status, out, err = lmspt(option)
   assert status == 0, err
-  assert [call[:17] for call in calls()[1:]] == ['--dry-run --time=', '--time=9 -- --con']
+  assert [call[:17] for call in calls()[3:]] == ['--dry-run --time=', '--time=9 -- --con']
   assert '* a-seed0: launched, step 0 (2' in out and f'remove {place.workdir}/a-seed0/launched.json' in out
   # Not again, neither there nor here, until somebody says that the job has ended.
-  assert lmspt(option)[0] == 0 and len(calls()) == 3
+  assert lmspt(option)[0] == 0 and len(calls()) == 5
   assert lmspt()[0] == 1 and not place.starts('a-seed0')
   (place.workdir / 'a-seed0' / 'launched.json').unlink()
   assert lmspt(option)[0] == 0
