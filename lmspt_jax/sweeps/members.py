@@ -99,16 +99,22 @@ def resolve(sweep: Sweep, workdir: Path, load: Load) -> tuple[Member, ...]:
 
 def progress(member: Member) -> Progress:
   """What the run's folder says. Raises LmsptError if another config was trained there."""
-  if not _is_its_own(member):
-    return Progress(*_noted(member, 'waiting'))
-  path = member.folder / 'metrics.jsonl'
-  figures, step = held_out_rows(path), last_step(path)
-  end = member.config.train.num_steps
-  # Its last checkpoint as well: a run that is killed between the two has something left to do.
-  if max(figures, default=-1) == end == last_checkpoint(member.folder):
-    return Progress('finished', end, figures)
-  state, _, _, note = _noted(member, 'unfinished')
-  return Progress(state, step, figures, note)
+  state, step, figures = 'waiting', 0, {}
+  if _is_its_own(member):
+    path = member.folder / 'metrics.jsonl'
+    state, step, figures = 'unfinished', last_step(path), held_out_rows(path)
+    # Its last checkpoint as well: a run that is killed between the two has something left to do.
+    if max(figures, default=-1) == member.config.train.num_steps == last_checkpoint(member.folder):
+      return Progress('finished', step, figures)
+  launched, failed = (_note_path(member, noted) for noted in ('launched', 'failed'))
+  if launched.exists():
+    why = f'{_read(launched).get("time")}; if its job has ended, remove {launched} and start it again'
+    return Progress('launched', step, figures, why)
+  if failed.exists():
+    found = _read(failed)
+    why = f'status {found.get("status")}, {found.get("line")}; see {member.folder / LOG}'
+    return Progress('failed', step, figures, why)
+  return Progress(state, step, figures)
 
 
 def held_out_rows(path: Path) -> dict[int, dict[str, float]]:
@@ -152,18 +158,6 @@ def remove_note(member: Member, state: str) -> None:
 
 def _note_path(member: Member, state: str) -> Path:
   return member.folder / f'{state}.json'
-
-
-def _noted(member: Member, state: str) -> tuple[str, int, dict, str]:
-  """The fields of a Progress at step 0: 'launched' or 'failed' with its note, or else `state`."""
-  path = _note_path(member, 'launched')
-  if path.exists():
-    return 'launched', 0, {}, f'{_read(path).get("time")}; if its job has ended, remove {path} and start it again'
-  path = _note_path(member, 'failed')
-  if path.exists():
-    failure = _read(path)
-    return 'failed', 0, {}, f'status {failure.get("status")}, {failure.get("line")}; see {member.folder / LOG}'
-  return state, 0, {}, ''
 
 
 def _is_its_own(member: Member) -> bool:
