@@ -16,7 +16,6 @@ ROOMS = (
     ('pretrained',),  # whole models in and out, with what is known of them
     ('training',),
     ('export', 'planning', 'inference'),
-    ('export', 'planning', 'inference'),
     ('evaluation', 'slm', 'sweeps'),
     ('cli',),
     ('demo', '__main__', '__init__'),  # __init__ is the package's front door: it looks up Tokenizer on demand
