@@ -203,7 +203,7 @@ class KeyValueCache(NamedTuple):
 
   self_keys: tuple[Array, ...]  # [B, H, S, D / H], positions not yet written are zero
   self_values: tuple[Array, ...]
-  cross_keys: tuple[Array, ...]  # [B, H, T, D / H], of the encoded audio
+  cross_keys: tuple[Array, ...]  # [B, H, T, D / H], of the encoded audio; B / beams rows of it
   cross_values: tuple[Array, ...]
 
 
@@ -230,7 +230,10 @@ class DecoderBlock(nnx.Module):
     rows_L = position + jnp.arange(x_BLD.shape[1])
     mask_LS = jnp.arange(k_BHSd.shape[2]) <= rows_L[:, None]
     x_BLD = x_BLD + self.attention.attend(y_BLD, k_BHSd, v_BHSd, mask_LS)
-    x_BLD = x_BLD + self.cross_attention.attend(self.cross_attention_norm(x_BLD), *cross_kv)
+    # Rows over the same audio (beams) follow each other: as more tokens of one row they share its keys and values.
+    shared = (cross_kv[0].shape[0], -1, x_BLD.shape[-1])
+    mixed = self.cross_attention.attend(self.cross_attention_norm(x_BLD).reshape(shared), *cross_kv)
+    x_BLD = x_BLD + mixed.reshape(x_BLD.shape)
     return x_BLD + self.mlp(self.mlp_norm(x_BLD)), (k_BHSd, v_BHSd)
 
 
@@ -245,12 +248,15 @@ class WhisperDecoder(nnx.Module):
     self.blocks = nnx.List([DecoderBlock(dims.width, dims.heads, rngs=rngs) for _ in range(dims.text_layers)])
     self.norm = _norm(dims.width, rngs)
 
-  def init_cache(self, encoded_BTD: Array, length: int) -> KeyValueCache:
-    """Cache for `length` tokens over the encoder's output. Raises ValueError above text_context."""
+  def init_cache(self, encoded_BTD: Array, length: int, beams: int = 1) -> KeyValueCache:
+    """Cache for `length` tokens over the encoder's output, for `beams` rows of tokens over each row of it.
+
+    Raises ValueError above text_context.
+    """
     if length > self.text_context:
       raise ValueError(f'a cache of {length} tokens is more than the {self.text_context} the decoder takes')
     batch, _, width = encoded_BTD.shape
-    empty = jnp.zeros((batch, self.heads, length, width // self.heads), encoded_BTD.dtype)
+    empty = jnp.zeros((batch * beams, self.heads, length, width // self.heads), encoded_BTD.dtype)
     cross = [block.cross_attention.keys_values(encoded_BTD) for block in self.blocks]
     return KeyValueCache(
       self_keys=(empty,) * len(self.blocks),

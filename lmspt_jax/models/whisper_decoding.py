@@ -1,7 +1,12 @@
-"""Greedy transcription with Whisper, batched and jitted: what scores reconstructions by word error rate.
+"""Transcription with Whisper, greedy or by beam search: what scores reconstructions by word error rate.
 
 The rules are openai-whisper's for temperature 0 without timestamps: one 30 s window at a time, no text carried over,
-non-speech symbols and special tokens suppressed, no blank or end as the first token.
+non-speech symbols and special tokens suppressed, no blank or end as the first token. A beam search ends when as many
+hypotheses as it has beams are finished, and the mean log probability of a token chooses among them (patience 1, no
+length penalty).
+
+Axes: B windows, N samples, T encoder positions, D width, K beams, R = B * K rows of the decoder,
+L tokens, C candidates, V vocabulary.
 """
 
 from __future__ import annotations
@@ -15,12 +20,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax import struct
 from jax import Array
 
-from lmspt_jax.audio.mel import WHISPER_HOP, log_mel_spectrogram
+from lmspt_jax.audio.mel import WHISPER_HOP, WHISPER_SAMPLE_RATE, log_mel_spectrogram
 from lmspt_jax.errors import LmsptError, shown
 from lmspt_jax.files import read_json
-from lmspt_jax.models.whisper import Whisper, WhisperDims, bind
+from lmspt_jax.models.teachers import TeacherDims, encoder_of
+from lmspt_jax.models.whisper import WhisperDecoder, WhisperDims, bind
 
 # Symbols that stand for something other than speech: alone, doubled or inside brackets.
 _NON_SPEECH = [*'"#()*+/:;<=>@[\\]^_`{|}~「」『』']
@@ -122,106 +129,203 @@ def _tokenizer(path: Path) -> tuple[Any, dict[str, int]]:
   return tokenizer, found
 
 
-def transcribe(
-  dims: WhisperDims,
-  params: dict[str, Any],
-  vocabulary: WhisperVocabulary,
-  audios: Sequence[np.ndarray],
-  language: str = 'en',
-  batch_size: int = 8,
-  max_tokens: int = 224,
-) -> list[str]:
-  """Texts of float32 recordings at 16 kHz, each [N] of any length.
+@dataclass(frozen=True)
+class Heard:
+  """What a Whisper makes of one recording.
 
-  `params` holds 'encoder' and 'decoder'. Every 30 s of a recording are a window of its own, and the texts of its
-  windows are joined by a space. Windows go through in batches of `batch_size`, so that one compiled program serves
-  any number of them; sorted by length, since a batch takes as many steps as its longest text.
+  Attributes:
+    text: its transcript.
+    features_TD: float32, the encoder's output at 50 positions a second, those of padding left out.
   """
-  window = 2 * dims.audio_context * WHISPER_HOP
-  prompt = vocabulary.prompt(dims, language)
-  if max(vocabulary.suppressed) >= dims.vocab_size:
-    raise LmsptError(f'Whisper vocabulary: has token {max(vocabulary.suppressed)}, the model only {dims.vocab_size} '
-                     'tokens; use the tokenizer.json of the model')
-  params = jax.tree.map(jnp.asarray, params)  # to the device once, not with every batch
-  max_tokens = min(max_tokens, dims.text_context - len(prompt))
-  pieces = [(i, start) for i, audio in enumerate(audios) for start in range(0, len(audio), window)]
-  order = sorted(range(len(pieces)), key=lambda p: len(audios[pieces[p][0]]) - pieces[p][1])
-  texts = [''] * len(pieces)
-  for first in range(0, len(order), batch_size):
-    chosen = order[first : first + batch_size]
-    audio_BN = np.zeros((batch_size, window), np.float32)
-    for row, p in enumerate(chosen):
-      i, start = pieces[p]
-      samples = np.asarray(audios[i][start : start + window], np.float32)
-      audio_BN[row, : len(samples)] = samples
-    used_B = np.arange(batch_size) < len(chosen)
-    tokens_BL = greedy_decode(
-      dims,
-      params,
-      audio_BN,
-      used_B,
-      prompt,
-      vocabulary.end,
-      vocabulary.suppressed,
-      vocabulary.suppressed_first,
-      max_tokens,
-    )
-    for p, ids in zip(chosen, np.asarray(tokens_BL), strict=False):
-      texts[p] = vocabulary.decode(ids.tolist())
-  out = [[] for _ in audios]
-  for (i, _), text in zip(pieces, texts, strict=True):
-    out[i].append(text)
-  return [' '.join(filter(None, parts)) for parts in out]
+
+  text: str
+  features_TD: np.ndarray
 
 
-@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7, 8))
-def greedy_decode(
+class Listener:
+  """A Whisper with its parameters on the device. One program serves recordings of any length."""
+
+  def __init__(self, dims: WhisperDims, params: dict[str, Any], vocabulary: WhisperVocabulary, *, beams: int = 1,
+               rows: int = 8, max_tokens: int = 224):
+    """
+    Args:
+      params: 'encoder' and 'decoder'.
+      beams: hypotheses that are followed; 1 is greedy.
+      rows: 30 s windows of one call.
+      max_tokens: of a window's text.
+
+    Raises LmsptError for another model's vocabulary.
+    """
+    if max(vocabulary.suppressed) >= dims.vocab_size:
+      raise LmsptError(f'Whisper vocabulary: has token {max(vocabulary.suppressed)}, the model only {dims.vocab_size} '
+                       'tokens; use the tokenizer.json of the model')
+    self.dims, self.vocabulary, self.beams, self.rows, self.max_tokens = dims, vocabulary, beams, rows, max_tokens
+    self.params = jax.tree.map(jnp.asarray, params)
+
+  def listen(self, audios: Sequence[np.ndarray], language: str = 'en') -> list[Heard]:
+    """float32 recordings at 16 kHz, each [N] of any length, in one language (a code of Whisper's).
+
+    Every 30 s of a recording are a window of its own, and the texts of its windows are joined by a space. Windows go
+    through sorted by length, since a call takes as many steps as its longest text.
+    """
+    prompt = self.vocabulary.prompt(self.dims, language)
+    max_tokens = min(self.max_tokens, self.dims.text_context - len(prompt))
+    texts, features = [[] for _ in audios], [[] for _ in audios]
+    pieces = sorted(_windows(audios, self.dims), key=lambda piece: len(piece[1]))
+    found = []
+    for first in range(0, len(pieces), self.rows):
+      chosen = pieces[first:first + self.rows]
+      encoded_BTD = encode_windows(self.dims, self.params['encoder'], stack_windows(chosen, self.rows, self.dims))
+      used_B = np.arange(self.rows) < len(chosen)
+      tokens_BL = beam_search(self.dims, self.params['decoder'], encoded_BTD, used_B, prompt, self.vocabulary.end,
+                              self.vocabulary.suppressed, self.vocabulary.suppressed_first, max_tokens, self.beams)
+      for (place, samples_N), ids_L, encoded_TD in zip(chosen, np.asarray(tokens_BL), np.asarray(encoded_BTD),
+                                                       strict=False):
+        positions = -(-len(samples_N) // samples_per_position(self.dims))
+        found.append((place, self.vocabulary.decode(ids_L.tolist()), encoded_TD[:positions]))
+    for (item, _), text, encoded_TD in sorted(found, key=lambda part: part[0]):
+      texts[item].append(text)
+      features[item].append(encoded_TD)
+    nothing = np.zeros((0, self.dims.width), np.float32)
+    return [Heard(' '.join(filter(None, parts)), np.concatenate([nothing, *encoded]))
+            for parts, encoded in zip(texts, features, strict=True)]
+
+
+def transcribe(dims: WhisperDims, params: dict[str, Any], vocabulary: WhisperVocabulary, audios: Sequence[np.ndarray],
+               language: str = 'en', *, beams: int = 1, batch_size: int = 8, max_tokens: int = 224) -> list[str]:
+  """Texts of float32 recordings at 16 kHz, as `Listener` hears them, `batch_size` windows at a time."""
+  listener = Listener(dims, params, vocabulary, beams=beams, rows=batch_size, max_tokens=max_tokens)
+  return [heard.text for heard in listener.listen(audios, language)]
+
+
+def samples_per_position(dims: TeacherDims) -> int:
+  """Of audio at 16 kHz that one feature stands for."""
+  return WHISPER_SAMPLE_RATE // dims.positions_per_second
+
+
+Piece = tuple[tuple[int, int], np.ndarray]  # ((recording, first sample), samples of one window)
+
+
+def _windows(audios: Sequence[np.ndarray], dims: TeacherDims) -> list[Piece]:
+  """Every window of recordings at 16 kHz, in order."""
+  size = 2 * dims.audio_context * WHISPER_HOP
+  return [((item, start), np.asarray(audio[start:start + size], np.float32))
+          for item, audio in enumerate(audios) for start in range(0, len(audio), size)]
+
+
+def stack_windows(pieces: Sequence[Piece], rows: int, dims: TeacherDims) -> np.ndarray:
+  """float32 [rows, 30 s], zeros after each window's end and in rows without one."""
+  audio_BN = np.zeros((rows, 2 * dims.audio_context * WHISPER_HOP), np.float32)
+  for row, (_, samples_N) in zip(audio_BN, pieces, strict=False):
+    row[:len(samples_N)] = samples_N
+  return audio_BN
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def encode_windows(dims: TeacherDims, params: dict[str, Any], audio_BN: Array) -> Array:
+  """float32 windows [B, 30 s at 16 kHz] -> features [B, T, D] by the encoder with these parameters."""
+  encoder = bind(encoder_of(dims), dims, params)
+  # On CPU a window at a time keeps attention weights in the cache: a third faster than the batch.
+  return jax.lax.platform_dependent(
+    log_mel_spectrogram(audio_BN, dims.n_mels),
+    cpu=lambda mel_BTF: jax.lax.map(lambda mel_TF: encoder(mel_TF[None])[0], mel_BTF),
+    default=encoder,
+  )
+
+
+@functools.partial(jax.jit, static_argnums=(0, 4, 5, 6, 7, 8, 9))
+def beam_search(
   dims: WhisperDims,
   params: dict[str, Any],
-  audio_BN: Array,
+  encoded_BTD: Array,
   used_B: Array,
   prompt: tuple[int, ...],
   end: int,
   suppressed: tuple[int, ...],
   suppressed_first: tuple[int, ...],
   max_tokens: int,
+  beams: int = 1,
 ) -> Array:
-  """float32 audio windows [B, 30 s at 16 kHz] -> int32 tokens [B, max_tokens], padded with `end`.
+  """Features -> int32 tokens [B, max_tokens] of the best hypothesis, padded with `end`; of one beam the greedy one.
 
   Rows where `used_B` is False are padding and come out as `end`.
   """
-  model = bind(Whisper, dims, params)
-  # On CPU a window at a time keeps attention weights in the cache: a third faster than the batch.
-  encoded_BTD = jax.lax.platform_dependent(
-    log_mel_spectrogram(audio_BN, dims.n_mels),
-    cpu=lambda mel_BTF: jax.lax.map(lambda mel_TF: model.encoder(mel_TF[None])[0], mel_BTF),
-    default=model.encoder,
-  )
-  batch = audio_BN.shape[0]
+  decoder = bind(WhisperDecoder, dims, params)
+  batch = encoded_BTD.shape[0]
   always = np.zeros(dims.vocab_size, np.float32)
   always[list(suppressed)] = -np.inf
   at_first = always.copy()
   at_first[list(suppressed_first)] = -np.inf
+  row_BK = jnp.arange(batch)[:, None]
 
-  def pick(hidden_BLD: Array, penalty_V: np.ndarray, done_B: Array) -> tuple[Array, Array]:
-    token_B = jnp.argmax(model.decoder.logits(hidden_BLD[:, -1]) + penalty_V, axis=-1).astype(jnp.int32)
-    token_B = jnp.where(done_B, end, token_B)
-    return token_B, done_B | (token_B == end)
+  def follow(found: _Hypotheses, hidden_RLD: Array, penalty_V: np.ndarray,
+             i: Array | int) -> tuple[_Hypotheses, Array]:
+    """Hypotheses with token i, and the beam that each of those goes on from."""
+    log_BKV = jax.nn.log_softmax((decoder.logits(hidden_RLD[:, -1]) + penalty_V).reshape(batch, beams, -1))
+    # One candidate of a beam may end: enough to go on with are left of one more, and of twice the beams in all.
+    score_BKC, token_BKC = jax.lax.top_k(log_BKV, beams + 1)
+    score_BC, chosen_BC = jax.lax.top_k((found.score_BK[..., None] + score_BKC).reshape(batch, -1), 2 * beams)
+    from_BC, token_BC = chosen_BC // (beams + 1), jnp.take_along_axis(token_BKC.reshape(batch, -1), chosen_BC, axis=1)
+    ends_BC = token_BC == end
+    tokens_BCL = found.tokens_BKL[row_BK, from_BC].at[:, :, i].set(token_BC)
+    # The best that go on, in order; a stable sort keeps it.
+    going_BK = jnp.argsort(ends_BC, axis=1, stable=True)[:, :beams]
+    # What ends counts if it is better than the last of those, and while there is room.
+    last_B1 = going_BK[:, -1:]
+    done_BC = ends_BC & (jnp.arange(ends_BC.shape[1]) < last_B1) & jnp.isfinite(score_BC)
+    slot_BC = found.count_B[:, None] + jnp.cumsum(done_BC, axis=1) - 1
+    slot_BC = jnp.where(done_BC, slot_BC, beams)  # out of range: dropped
+    mean_BC = score_BC / jnp.maximum(i, 1)  # by the tokens before the end, as the reference does
+    following = _Hypotheses(
+      tokens_BKL=tokens_BCL[row_BK, going_BK],
+      score_BK=score_BC[row_BK, going_BK],
+      finished_BKL=found.finished_BKL.at[row_BK, slot_BC].set(tokens_BCL, mode='drop'),
+      mean_BK=found.mean_BK.at[row_BK, slot_BC].set(mean_BC, mode='drop'),
+      count_B=jnp.minimum(found.count_B + jnp.sum(done_BC, axis=1), beams))
+    return following, from_BC[row_BK, going_BK]
 
-  prompt_BL = jnp.broadcast_to(jnp.array(prompt, jnp.int32), (batch, len(prompt)))
-  cache = model.decoder.init_cache(encoded_BTD, len(prompt) + max_tokens)
-  hidden_BLD, cache = model.decoder.decode(prompt_BL, 0, cache)
-  token_B, done_B = pick(hidden_BLD, at_first, ~used_B)
-  tokens_BL = jnp.full((batch, max_tokens), end, jnp.int32).at[:, 0].set(token_B)
+  prompt_RL = jnp.broadcast_to(jnp.array(prompt, jnp.int32), (batch * beams, len(prompt)))
+  cache = decoder.init_cache(encoded_BTD, len(prompt) + max_tokens, beams)
+  hidden_RLD, cache = decoder.decode(prompt_RL, 0, cache)
+  # All beams are the same at first: only one of them is followed.
+  hypotheses = _Hypotheses(
+    tokens_BKL=jnp.full((batch, beams, max_tokens), end, jnp.int32),
+    score_BK=jnp.broadcast_to(jnp.where(jnp.arange(beams) == 0, 0.0, -jnp.inf), (batch, beams)),
+    finished_BKL=jnp.full((batch, beams, max_tokens), end, jnp.int32),
+    mean_BK=jnp.full((batch, beams), -jnp.inf),
+    count_B=jnp.where(used_B, 0, beams))
+  hypotheses, _ = follow(hypotheses, hidden_RLD, at_first, 0)
 
   def unfinished(carry: tuple) -> Array:
-    i, _, _, done_B, _ = carry
-    return (i < max_tokens) & ~jnp.all(done_B)
+    i, hypotheses, _ = carry
+    return (i < max_tokens) & ~jnp.all(hypotheses.count_B == beams)
 
   def step(carry: tuple) -> tuple:
-    i, tokens_BL, token_B, done_B, cache = carry
-    hidden_BLD, cache = model.decoder.decode(token_B[:, None], len(prompt) + i - 1, cache)
-    token_B, done_B = pick(hidden_BLD, always, done_B)
-    return i + 1, tokens_BL.at[:, i].set(token_B), token_B, done_B, cache
+    i, hypotheses, cache = carry
+    token_BK = hypotheses.tokens_BKL[:, :, i - 1]
+    hidden_RLD, cache = decoder.decode(token_BK.reshape(-1, 1), len(prompt) + i - 1, cache)
+    hypotheses, from_BK = follow(hypotheses, hidden_RLD, always, i)
+    if beams > 1:
+      source = (row_BK * beams + from_BK).reshape(-1)
+      take = lambda arrays: tuple(array[source] for array in arrays)
+      cache = cache._replace(self_keys=take(cache.self_keys), self_values=take(cache.self_values))
+    return i + 1, hypotheses, cache
 
-  return jax.lax.while_loop(unfinished, step, (1, tokens_BL, token_B, done_B, cache))[1]
+  found = jax.lax.while_loop(unfinished, step, (1, hypotheses, cache))[1]
+  # What was cut off in the middle stands in where too few have ended, the likeliest first.
+  cut_BK = jnp.arange(beams) < (beams - found.count_B)[:, None]
+  tokens = jnp.concatenate([found.finished_BKL, found.tokens_BKL], axis=1)
+  mean = jnp.concatenate([found.mean_BK, jnp.where(cut_BK, found.score_BK / max_tokens, -jnp.inf)], axis=1)
+  best_BL = tokens[jnp.arange(batch), jnp.argmax(mean, axis=1)]
+  return jnp.where(used_B[:, None], best_BL, end)
+
+
+@struct.dataclass
+class _Hypotheses:
+  """Of a beam search: what goes on, best first, and what has ended."""
+
+  tokens_BKL: Array  # int32, `end` where there is none yet
+  score_BK: Array  # sum of log probabilities
+  finished_BKL: Array
+  mean_BK: Array  # log probability a token; -inf in a free place
+  count_B: Array  # that have ended

@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import jiwer
 import librosa
 import numpy as np
 import pytest
+import soundfile
 import torch
 import whisper as openai_whisper
 from transformers import WhisperConfig, WhisperForConditionalGeneration, WhisperModel
 
+import lmspt_jax
 from lmspt_jax.audio import mel, stft
 from lmspt_jax.cli.main import main
 from lmspt_jax.convert import whisper as convert
@@ -29,6 +33,7 @@ from _torch_reference import load_audiotools
 from _torch_whisper import openai_model, state_dict
 
 BOTH = ('encoder', 'decoder')
+SAMPLE = Path(lmspt_jax.__file__).parent / 'assets' / 'speech_sample'
 
 
 @pytest.fixture(scope='module')
@@ -191,3 +196,22 @@ def test_mel_filters_of_librosa(setting, bounds):
   rate, size, n_mels = setting
   theirs = librosa.filters.mel(sr=rate, n_fft=size, n_mels=n_mels, fmin=bounds[0], fmax=bounds[1]).T
   np.testing.assert_allclose(mel.mel_filters(*setting, *bounds), theirs, atol=1e-7)
+
+
+@pytest.mark.parametrize(('beams', 'every'), [(1, 1), (5, 4)])
+def test_transcripts_of_openai_whisper(tiny, reference, beams, every):
+  """At least 98 % of the words of the bundled sample, greedy and by beam search."""
+  rows = [json.loads(line) for line in (SAMPLE / 'manifest.jsonl').read_text('utf-8').splitlines()][::every]
+  audios = [soundfile.read(SAMPLE / row['path'], dtype='float32')[0] for row in rows]
+  vocabulary = WhisperVocabulary.from_file(tiny.tokenizer_path)
+  ours = transcribe(tiny.dims, tiny.params, vocabulary, audios, beams=beams)
+  options = openai_whisper.DecodingOptions(language='en', without_timestamps=True, fp16=False, temperature=0.0,
+                                           beam_size=beams if beams > 1 else None)
+  theirs = []
+  for audio in audios:
+    mel_FT = openai_whisper.log_mel_spectrogram(openai_whisper.pad_or_trim(torch.from_numpy(audio)))
+    theirs.append(openai_whisper.decode(reference, mel_FT, options).text)
+  found = jiwer.process_words(theirs, ours)
+  words = sum(map(len, found.references))
+  print(f'{beams} beams: {found.hits} of {words} words as openai-whisper hears them, in {len(rows)} utterances')
+  assert words > 600 // every and found.hits >= 0.98 * words and found.insertions <= 0.02 * words
