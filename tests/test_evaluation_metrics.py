@@ -68,7 +68,8 @@ def test_each_is_its_package(speech, measured):
   by_hand = dnsmos.run(np.clip(decoded_N, -1, 1), 16_000)
   assert [found[name] for name in ('dnsmos', 'dnsmos_speech', 'dnsmos_background', 'dnsmos_p808')] == [
       by_hand[name] for name in ('ovrl_mos', 'sig_mos', 'bak_mos', 'p808_mos')]
-  truth_T, heard_T = (pyworld.harvest(audio_N.astype(np.float64), 16_000)[0] for audio_N in (original_N, decoded_N))
+  truth_T, heard_T = (pyworld.stonemask(audio_N, *pyworld.dio(audio_N, 16_000), 16_000)
+                      for audio_N in (original_N.astype(np.float64), decoded_N.astype(np.float64)))
   both_T = (truth_T > 0) & (heard_T > 0)
   assert found['pitch_error'] == pytest.approx(np.abs(1200 * np.log2(heard_T[both_T] / truth_T[both_T])).mean())
   recall, precision = both_T.sum() / (truth_T > 0).sum(), both_T.sum() / (heard_T > 0).sum()

@@ -30,6 +30,7 @@ VERBS = {
     'encode': 'audio files to codes; or a stream of samples',
     'decode': 'codes to audio files; or a stream of codes',
     'tokenize': 'a corpus to token shards for a language model',
+    'evaluate': 'a model measured on recordings, beside baselines',
     'plan': 'compile for a TPU slice without one: memory, FLOPs, bytes, collectives',
     'export': 'a model as a folder to pass on: weights, config, card, checksums',
     'convert': "weights from one format to another: a tokenizer's, a Whisper's",

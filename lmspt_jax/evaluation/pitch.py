@@ -1,5 +1,8 @@
-"""Pitch and voicing of a decoded recording against its original's. Package `pyworld`, Harvest (Morise, Interspeech
-2017) with its own settings: 71 to 800 Hz, a frame every 5 ms."""
+"""Pitch and voicing of a decoded recording against its original's.
+
+Package `pyworld`: DIO refined by StoneMask (Morise et al., IEICE Trans. Inf. & Syst. E99-D(7), 2016) with its own
+settings, 71 to 800 Hz and a frame every 5 ms. (Harvest, its newer one, takes ten times as long.)
+"""
 
 from __future__ import annotations
 
@@ -13,7 +16,8 @@ RATE = 16_000  # Hz
 
 def pitch_track(audio_N: np.ndarray) -> np.ndarray:
   """Hz, [frames], 0 where unvoiced. float [N] at 16 kHz."""
-  return pyworld.harvest(np.ascontiguousarray(audio_N, np.float64), RATE)[0]
+  audio_N = np.ascontiguousarray(audio_N, np.float64)
+  return pyworld.stonemask(audio_N, *pyworld.dio(audio_N, RATE), RATE)
 
 
 def voicing_f1(original_T: np.ndarray, decoded_T: np.ndarray) -> float:

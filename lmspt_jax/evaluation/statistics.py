@@ -40,30 +40,39 @@ class Figure:
   missing: int = 0
 
 
-@functools.lru_cache(maxsize=8)
+@functools.lru_cache(maxsize=4)
 def _draws(count: int) -> np.ndarray:
-  """How often each of `count` utterances is in each resample, int64 [R, U]. The same for every metric."""
+  """How often each of `count` utterances is in each resample, [R, U]. The same for every metric."""
   rng = np.random.default_rng(SEED)
-  return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES)
+  return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.uint32)
 
 
 def interval(statistic: Callable[[np.ndarray], float], count: int) -> tuple[float | None, float | None]:
   """95 % percentile interval of a statistic of how often each utterance is there, [U]."""
   if count < 2:
     return None, None
-  values = [statistic(draws_U) for draws_U in _draws(count)]
+  return _percentiles(np.array([statistic(draws_U) for draws_U in _draws(count)]))
+
+
+def _percentiles(values_R: np.ndarray) -> tuple[float, float]:
   tail = 100 * (1 - CONFIDENCE) / 2
-  low, high = np.percentile([value for value in values if np.isfinite(value)], [tail, 100 - tail])
+  low, high = np.percentile(values_R, [tail, 100 - tail])
   return float(low), float(high)
 
 
 def ratio(numerators_U: np.ndarray, denominators_U: np.ndarray, missing: int = 0) -> Figure:
-  """Sum over sum: a word error rate's errors over words, a mean's values over ones."""
-  top_U, bottom_U = np.asarray(numerators_U, np.float64), np.asarray(denominators_U, np.float64)
-  if not bottom_U.sum():
+  """Sum over sum: a word error rate's errors over words, a mean's values over ones. Denominators are positive."""
+  terms_U2 = np.stack([numerators_U, denominators_U], axis=1).astype(np.float64)
+  count = len(terms_U2)
+  if not count:
     return Figure(None, None, None, 0, missing)
-  low, high = interval(lambda draws_U: float(draws_U @ top_U / (draws_U @ bottom_U)), len(top_U))
-  return Figure(float(top_U.sum() / bottom_U.sum()), low, high, len(top_U), missing)
+  top, bottom = terms_U2.sum(axis=0)
+  low = high = None
+  if count > 1:
+    blocks = np.array_split(_draws(count), max(1, count // 10_000))  # a part at a time becomes float64
+    sums_R2 = np.concatenate([block @ terms_U2 for block in blocks])
+    low, high = _percentiles(sums_R2[:, 0] / sums_R2[:, 1])
+  return Figure(float(top / bottom), low, high, count, missing)
 
 
 def mean(values_U: np.ndarray, missing: int = 0) -> Figure:

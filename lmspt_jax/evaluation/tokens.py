@@ -60,7 +60,7 @@ def _statistics(ids: Sequence[np.ndarray], size: int, frame_rate: float) -> dict
       'perplexity': figure(lambda draws_U: 2 ** entropy(1, draws_U)),
       'entropy': figure(lambda draws_U: entropy(1, draws_U)),
       'bitrate': figure(lambda draws_U: entropy(1, draws_U) * frame_rate),
-      'repeat_rate': vars(ratio(np.array(repeats_U), lengths[2]))}
+      'repeat_rate': vars(ratio(np.array(repeats_U)[lengths[2] > 0], lengths[2][lengths[2] > 0]))}
   for n in NGRAMS:
     found[f'distinct_{n}'] = figure(lambda draws_U, n=n: len(counts(n, draws_U)))
     found[f'entropy_{n}'] = figure(lambda draws_U, n=n: entropy(n, draws_U) - entropy(n - 1, draws_U))

@@ -175,14 +175,14 @@ class Listener:
     found = []
     for first in range(0, len(pieces), self.rows):
       chosen = pieces[first:first + self.rows]
-      encoded_BTD = encode_windows(self.dims, self.params['encoder'], stack_windows(chosen, self.rows, self.dims))
+      encoded_BTD = encode_windows(self.dims, self.params['encoder'], _stacked(chosen, self.rows, self.dims))
       used_B = np.arange(self.rows) < len(chosen)
       tokens_BL = beam_search(self.dims, self.params['decoder'], encoded_BTD, used_B, prompt, self.vocabulary.end,
                               self.vocabulary.suppressed, self.vocabulary.suppressed_first, max_tokens, self.beams)
       for (place, samples_N), ids_L, encoded_TD in zip(chosen, np.asarray(tokens_BL), np.asarray(encoded_BTD),
                                                        strict=False):
-        positions = -(-len(samples_N) // samples_per_position(self.dims))
-        found.append((place, self.vocabulary.decode(ids_L.tolist()), encoded_TD[:positions]))
+        text = self.vocabulary.decode(ids_L.tolist())
+        found.append((place, text, _heard_positions(self.dims, encoded_TD, samples_N)))
     for (item, _), text, encoded_TD in sorted(found, key=lambda part: part[0]):
       texts[item].append(text)
       features[item].append(encoded_TD)
@@ -198,9 +198,22 @@ def transcribe(dims: WhisperDims, params: dict[str, Any], vocabulary: WhisperVoc
   return [heard.text for heard in listener.listen(audios, language)]
 
 
-def samples_per_position(dims: TeacherDims) -> int:
-  """Of audio at 16 kHz that one feature stands for."""
-  return WHISPER_SAMPLE_RATE // dims.positions_per_second
+def encode_recordings(dims: TeacherDims, params: dict[str, Any], audios: Sequence[np.ndarray],
+                      rows: int = 8) -> list[np.ndarray]:
+  """An encoder's features of recordings as `Heard.features_TD`, with these parameters of it alone."""
+  features = [[np.zeros((0, dims.width), np.float32)] for _ in audios]
+  pieces = _windows(audios, dims)
+  for first in range(0, len(pieces), rows):
+    chosen = pieces[first:first + rows]
+    encoded_BTD = np.asarray(encode_windows(dims, params, _stacked(chosen, rows, dims)))
+    for ((item, _), samples_N), encoded_TD in zip(chosen, encoded_BTD, strict=False):
+      features[item].append(_heard_positions(dims, encoded_TD, samples_N))
+  return [np.concatenate(parts) for parts in features]
+
+
+def _heard_positions(dims: TeacherDims, encoded_TD: np.ndarray, samples_N: np.ndarray) -> np.ndarray:
+  """Those that stand for the window's samples, not for what pads it."""
+  return encoded_TD[:-(-len(samples_N) * dims.positions_per_second // WHISPER_SAMPLE_RATE)]
 
 
 Piece = tuple[tuple[int, int], np.ndarray]  # ((recording, first sample), samples of one window)
@@ -213,7 +226,7 @@ def _windows(audios: Sequence[np.ndarray], dims: TeacherDims) -> list[Piece]:
           for item, audio in enumerate(audios) for start in range(0, len(audio), size)]
 
 
-def stack_windows(pieces: Sequence[Piece], rows: int, dims: TeacherDims) -> np.ndarray:
+def _stacked(pieces: Sequence[Piece], rows: int, dims: TeacherDims) -> np.ndarray:
   """float32 [rows, 30 s], zeros after each window's end and in rows without one."""
   audio_BN = np.zeros((rows, 2 * dims.audio_context * WHISPER_HOP), np.float32)
   for row, (_, samples_N) in zip(audio_BN, pieces, strict=False):

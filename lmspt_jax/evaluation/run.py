@@ -1,0 +1,301 @@
+"""The whole of `lmspt evaluate`: every utterance through every system, measured, and one table of it.
+
+Batches change when what is computed, not what: the tokenizer gives the same for any batch (docs/same_tokens.md), the
+ASR has a fixed number of rows, and everything else is of one recording.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from concurrent.futures import Future
+from dataclasses import asdict, dataclass
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from tqdm import tqdm
+
+from lmspt_jax.convert.whisper import WhisperCheckpoint, load_whisper
+from lmspt_jax.data.sources import Source, open_source
+from lmspt_jax.errors import LmsptError
+from lmspt_jax.evaluation import report, speaker, statistics, summary
+from lmspt_jax.evaluation.measure import Measured, Pool
+from lmspt_jax.evaluation.names import METRICS
+from lmspt_jax.evaluation.spectral import spectral_distances
+from lmspt_jax.evaluation.systems import BASELINES, Model, Recording, baseline_audio, load, load_models
+from lmspt_jax.evaluation.tokens import codebook_statistics
+from lmspt_jax.evaluation.undefined import Undefined, check_packages
+from lmspt_jax.evaluation.words import text_errors
+from lmspt_jax.inference.tokenizer import PATHS
+from lmspt_jax.models.whisper_decoding import Listener, WhisperVocabulary, encode_recordings
+from lmspt_jax.version import __version__
+
+FORMAT = 1
+METRICS_FILE, ROWS_FILE = 'metrics.json', 'utterances.jsonl'
+_LIMIT_SEED = 0
+_ASR_ROWS = 8  # windows of one call, whatever --batch-size says
+_PACKAGES = ('jax', 'jaxlib', 'jiwer', 'librosa', 'numpy', 'onnxruntime', 'pesq', 'pystoi', 'pyworld', 'scipy',
+             'soundfile', 'soxr', 'speechmos', 'tokenizers', 'whisper-normalizer')
+
+
+@dataclass(frozen=True)
+class Settings:
+  """What an evaluation is of; enough to repeat it.
+
+  Attributes:
+    model, baselines: MODELs.
+    data, split: a source and its split ('' takes all).
+    limit: utterances, drawn with a fixed seed; 0 takes all.
+    asr: Whisper that transcribes.
+    teacher: Whisper or audio tower in whose features distances are taken; '' is that of the run, else the ASR.
+    beams: of the transcription; 1 is greedy.
+    batch_size: recordings that are held at a time. Changes no number.
+  """
+
+  model: str
+  data: str
+  split: str = ''
+  limit: int = 0
+  baselines: tuple[str, ...] = ()
+  asr: str = 'package:tiny.en'
+  teacher: str = ''
+  beams: int = 1
+  batch_size: int = 8
+
+
+def evaluate(settings: Settings, out: str | Path, processes: int | None = None) -> dict[str, Any]:
+  """Writes OUT/metrics.json, OUT/utterances.jsonl and OUT/report.html; returns what is in the first.
+
+  Args:
+    processes: that measure signals beside the device (`measure.Pool`).
+
+  Raises:
+    LmsptError: no such model, data or ASR, a package that is missing, or an OUT that can't be written.
+  """
+  check_packages()
+  speaker.weights_file()
+  for name, least in (('limit', 0), ('beams', 1), ('batch_size', 1)):
+    if getattr(settings, name) < least:
+      raise LmsptError(f'--{name.replace("_", "-")}={getattr(settings, name)}: must be at least {least}')
+  out = _folder(out)
+  source = _chosen(open_source(settings.data, settings.split), settings.limit)
+  models = load_models(settings.model, settings.baselines)
+  ears = _Ears(settings, models[0])
+  digest, rows = hashlib.sha256(), []
+  waiting: list[tuple[dict[str, Any], Future]] = []
+  with Pool(processes) as pool, tqdm(total=len(source), unit='utterance', dynamic_ncols=True, disable=None) as bar:
+    for first in range(0, len(source), settings.batch_size):
+      here = [load(source, position) for position in range(first, min(first + settings.batch_size, len(source)))]
+      for recording in here:
+        digest.update(recording.digest())
+      for row, future in _measure(here, models, ears, pool):
+        rows.append(row)
+        waiting.append((row, future))
+      bar.update(len(here))
+    for row, future in waiting:
+      _merge(row, future)
+  rows_text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
+  found = _table(settings, models, ears, rows, digest.hexdigest())
+  _write(out / ROWS_FILE, rows_text)
+  _write(out / METRICS_FILE, json.dumps(found, indent=2, ensure_ascii=False) + '\n')
+  chosen, worst = ([_example(rows[number], load(source, number), models[0]) for number in numbers]
+                   for numbers in report.choose(rows))
+  _write(out / report.REPORT_FILE, report.page(found, rows, chosen, worst, report.run_curves(settings.model)))
+  return found
+
+
+def _example(row: dict[str, Any], recording: Recording, model: Model) -> report.Example:
+  codes = model.encode([recording])
+  audio = {path: model.decode(codes, path, [len(recording.audio_N)])[0] for path in PATHS}
+  return report.Example(row, {'original': recording.audio_N, **audio}, codes[0].ids)
+
+
+class _Ears:
+  """The ASR and the teacher, loaded."""
+
+  def __init__(self, settings: Settings, model: Model):
+    checkpoint = load_whisper(settings.asr, ('encoder', 'decoder'))
+    self.vocabulary = WhisperVocabulary.from_file(checkpoint.tokenizer_path)
+    self.asr = Listener(checkpoint.dims, checkpoint.params, self.vocabulary, beams=settings.beams, rows=_ASR_ROWS)
+    self.asr_sha256 = checkpoint.sha256
+    self.teacher_uri = settings.teacher or _own_teacher(model) or settings.asr
+    self._teacher: WhisperCheckpoint | None = None
+    self.teacher_sha256 = self.asr_sha256
+    if self.teacher_uri != settings.asr:
+      try:
+        self._teacher = load_whisper(self.teacher_uri)
+      except LmsptError as error:
+        raise LmsptError(f'{error}; or measure in another one with --teacher={settings.asr}') from error
+      self._params = jax.tree.map(jnp.asarray, self._teacher.params['encoder'])
+      self.teacher_sha256 = self._teacher.sha256
+
+  def hear(self, audios: Sequence[np.ndarray], languages: Sequence[str]) -> tuple[list[str | Undefined], list]:
+    """Transcripts (or why there is none) and the teacher's features of recordings at 16 kHz."""
+    texts: list[str | Undefined] = [''] * len(audios)
+    features: list[np.ndarray] = [np.zeros(0)] * len(audios)
+    for language in sorted(set(languages)):
+      here = [number for number, one in enumerate(languages) if one == language]
+      asked, refusal = language, None
+      try:
+        self.vocabulary.prompt(self.asr.dims, language)
+      except LmsptError as error:
+        asked, refusal = 'en', Undefined(f'ASR: {error}')
+      for number, heard in zip(here, self.asr.listen([audios[number] for number in here], asked), strict=True):
+        texts[number], features[number] = refusal or heard.text, heard.features_TD
+    if self._teacher is not None:
+      features = encode_recordings(self._teacher.dims, self._params, audios, _ASR_ROWS)
+    return texts, features
+
+
+def _own_teacher(model: Model) -> str:
+  """Of a run; files and exported folders have no teacher's checkpoint in their config."""
+  trained = model.tokenizer.model
+  is_run, teacher = bool(trained.weights), trained.config.teacher
+  return teacher.checkpoint if is_run and teacher.strategy != 'none' else ''
+
+
+def _measure(recordings: Sequence[Recording], models: Sequence[Model], ears: _Ears,
+             pool: Pool) -> list[tuple[dict[str, Any], Future | None]]:
+  """Rows of utterances, and what will still come in from the pool."""
+  heard = [one for one in recordings if not one.fault]
+  audio = {'original': [one.audio_N for one in heard]}  # by system, None where it has none
+  bits: list[dict[str, int]] = []
+  for name in BASELINES:
+    audio[name] = []
+  for one in heard:
+    made, taken = baseline_audio(one)
+    bits.append(taken)
+    for name in BASELINES:
+      audio[name].append(made[name])
+  codes = {}
+  for model in models:
+    codes[model.label] = model.encode(heard)
+    coded = [number for number, found in enumerate(codes[model.label]) if found is not None]
+    for path in PATHS:
+      decoded = model.decode([codes[model.label][n] for n in coded], path, [len(heard[n].audio_N) for n in coded])
+      audio[model.system(path)] = [None] * len(heard)
+      for number, audio_N in zip(coded, decoded, strict=True):
+        audio[model.system(path)][number] = audio_N
+  there = [(system, number) for system, found in audio.items() for number in range(len(heard))
+           if found[number] is not None]
+  texts, features = ears.hear([audio[system][number] for system, number in there],
+                              [heard[number].language for _, number in there])
+  texts, features = dict(zip(there, texts, strict=True)), dict(zip(there, features, strict=True))
+  results = []
+  for one in recordings:
+    row = {'id': one.id, 'language': one.language, 'speaker': one.speaker, 'seconds': one.seconds, 'text': one.text}
+    if one.fault:
+      results.append(({**row, 'fault': one.fault, 'systems': {}}, None))
+      continue
+    number = next(n for n, other in enumerate(heard) if other is one)
+    row['bits'] = bits[number]
+    row['codes'] = {label: found[number].ids.tolist() for label, found in codes.items() if found[number] is not None}
+    measured = {system: _on_device(one, system, audio, texts, features, number) for system in audio}
+    row['systems'] = measured
+    others = {system: found[number] for system, found in audio.items()
+              if system != 'original' and found[number] is not None}
+    results.append((row, pool.submit(one.audio_N, others)))
+  return results
+
+
+def _on_device(one: Recording, system: str, audio: dict[str, list], texts: dict, features: dict,
+               number: int) -> Measured:
+  """What needs the device, of one system on one recording."""
+  found = Measured()
+  if (system, number) not in texts:
+    reason = 'shorter than a frame of this model'
+    found.missing = dict.fromkeys((name for name, metric in METRICS.items()), reason)
+    return found
+  text = texts[system, number]
+  if isinstance(text, Undefined):
+    found.missing |= dict.fromkeys(('wer', 'cer'), str(text))
+  else:
+    found.heard = text
+    found.take('wer', lambda: _word_values(one, text), ('cer',))
+  if system == 'original':
+    return found
+  original_N, audio_N = one.audio_N, audio[system][number]
+  found.values |= dict(zip(('mel_distance', 'stft_distance'), spectral_distances(original_N, audio_N), strict=True))
+  found.take('speaker_similarity', lambda: float(
+      np.dot(speaker.speaker_embedding(original_N), speaker.speaker_embedding(audio_N))))
+  difference_TD = features[system, number] - features['original', number]
+  distance_T = np.mean(np.square(difference_TD), axis=1, dtype=np.float64)
+  found.along_time = [round(float(value), 4) for value in distance_T]
+  found.values['teacher_distance'] = float(np.mean(distance_T))
+  return found
+
+
+def _word_values(one: Recording, heard: str) -> dict[str, float]:
+  found = text_errors(one.text, heard, one.language)
+  return {'wer': found.word_errors / found.words, 'cer': found.character_errors / found.characters,
+          'word_errors': found.word_errors, 'words': found.words, 'character_errors': found.character_errors,
+          'characters': found.characters}
+
+
+def _merge(row: dict[str, Any], future: Future | None) -> None:
+  """What the pool found into a row, which becomes plain JSON."""
+  if future is not None:
+    for system, measured in future.result().items():
+      row['systems'][system].values |= measured.values
+      row['systems'][system].missing |= measured.missing
+  row['systems'] = {system: asdict(measured) for system, measured in row['systems'].items()}
+
+
+def _table(settings: Settings, models: Sequence[Model], ears: _Ears, rows: Sequence[dict[str, Any]],
+           data_hash: str) -> dict[str, Any]:
+  systems = ['original', *(system for model in models for system in model.systems), *BASELINES]
+  found = [row for row in rows if 'fault' not in row]
+  seconds = sum(row['seconds'] for row in rows)
+  bitrates = {model.system(path): model.bitrate(path) for model in models for path in PATHS}
+  for name in {name for row in found for name in row['bits']}:
+    bitrates[name] = sum(row['bits'][name] for row in found) / seconds
+  pairs = [(model.system(path), path) for model in models[1:] for path in PATHS]
+  pairs = [(path, other) for other, path in pairs] + [('full', other) for other in ('original', *BASELINES)]
+  return {
+      'format': FORMAT,
+      'settings': {**asdict(settings), 'baselines': list(settings.baselines), 'teacher': ears.teacher_uri},
+      'statistics': {'interval': 'percentile bootstrap over utterances', 'confidence': statistics.CONFIDENCE,
+                     'resamples': statistics.RESAMPLES, 'test': 'paired permutation of signs, two-sided',
+                     'permutations': statistics.PERMUTATIONS, 'seed': statistics.SEED},
+      'hashes': {'model': models[0].tokenizer.model_hash, 'data': data_hash, 'asr': ears.asr_sha256,
+                 'teacher': ears.teacher_sha256, 'speaker_encoder': speaker.SHA256,
+                 'baselines': {model.label: model.tokenizer.model_hash for model in models[1:]}},
+      'versions': {'lmspt_jax': __version__, **{name: metadata.version(name) for name in _PACKAGES}},
+      'backend': jax.default_backend(),
+      'data': {'utterances': len(rows), 'seconds': seconds,
+               'faults': {row['id']: row['fault'] for row in rows if 'fault' in row}},
+      'systems': {system: {'bitrate': bitrates.get(system), 'metrics': summary.system_figures(rows, system)}
+                  for system in systems},
+      'tokens': {model.label or 'model': codebook_statistics(
+          [np.array(row['codes'][model.label]) for row in found if model.label in row['codes']],
+          model.tokenizer.codebook_sizes, model.tokenizer.frame_rate) for model in models},
+      'comparisons': [{'first': first, 'second': second, 'metrics': summary.comparisons(rows, first, second)}
+                      for first, second in pairs]}
+
+
+def _chosen(source: Source, limit: int) -> Source:
+  if not limit or limit >= len(source):
+    return source
+  return source.select(np.sort(np.random.default_rng(_LIMIT_SEED).choice(len(source), limit, replace=False)))
+
+
+def _folder(out: str | Path) -> Path:
+  try:
+    Path(out).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise LmsptError(f"--out={out}: this folder can't be made ({error.strerror}); choose another") from error
+  if not os.access(out, os.W_OK | os.X_OK):
+    raise LmsptError(f"--out={out}: this folder can't be written; choose another or change its permissions")
+  return Path(out)
+
+
+def _write(path: Path, text: str) -> None:
+  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
+  temporary.write_text(text, encoding='utf-8')
+  temporary.replace(path)
