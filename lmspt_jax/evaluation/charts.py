@@ -16,7 +16,7 @@ from lmspt_jax.audio.mel import mel_filters
 RATE = 16_000  # Hz
 MAX_DOTS = 200  # of a distribution's row
 MAX_POINTS = 400  # of a line
-_WIDTH = 640
+_WIDTH = 400  # of a chart's own units: a little more than the pixels it is shown at
 
 
 def distributions(values: Mapping[str, Sequence[float]], label: str) -> str:
@@ -27,7 +27,7 @@ def distributions(values: Mapping[str, Sequence[float]], label: str) -> str:
   everything = np.concatenate(list(shown.values()))
   low, high = float(everything.min()), float(everything.max())
   high = high if high > low else low + 1
-  left, row, top = 150, 26, 8
+  left, row, top = 130, 24, 4
   place = lambda value: left + (value - low) / (high - low) * (_WIDTH - left - 16)
   parts = []
   for number, (name, found) in enumerate(shown.items()):
@@ -55,12 +55,15 @@ def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], label: 
   x_span, y_span = np.ptp(x_all) or 1, np.ptp(y_all) or 1
   left, bottom = (0, height - 4) if stretch else (8, height - 20)
   parts = []
-  for number, (x, y) in enumerate(shown.values()):
+  for number, (name, (x, y)) in enumerate(shown.items()):
     keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).astype(int))
     points = ' '.join(f'{left + (a - x_all.min()) / x_span * (_WIDTH - 2 * left):.1f},'
                       f'{bottom - (b - y_all.min()) / y_span * (bottom - 8):.1f}' for a, b in zip(x[keep], y[keep],
                                                                                               strict=True))
     parts.append(f'<polyline points="{points}" class="line c{number % 6}"/>')
+    if len(shown) > 1:
+      place = f'x="{_WIDTH - left}" y="{14 + 14 * number}"'
+      parts.append(f'<text {place} class="right c{number % 6}">{escape(name)}</text>')
   if not stretch:
     parts.append(f'<text x="{left}" y="{height - 4}">{x_all.min():.4g}</text>'
                  f'<text x="{_WIDTH - left}" y="{height - 4}" class="right">{x_all.max():.4g}</text>')
