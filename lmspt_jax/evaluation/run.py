@@ -6,6 +6,7 @@ ASR has a fixed number of rows, and everything else is of one recording.
 
 from __future__ import annotations
 
+import collections
 import hashlib
 import json
 import os
@@ -28,6 +29,7 @@ from lmspt_jax.evaluation import report, speaker, statistics, summary
 from lmspt_jax.evaluation.measure import Measured, Pool
 from lmspt_jax.evaluation.names import METRICS
 from lmspt_jax.evaluation.spectral import spectral_distances
+from lmspt_jax.evaluation.summary import Row
 from lmspt_jax.evaluation.systems import BASELINES, Model, Recording, baseline_audio, load, load_models
 from lmspt_jax.evaluation.tokens import codebook_statistics
 from lmspt_jax.evaluation.undefined import Undefined, check_packages
@@ -40,6 +42,7 @@ FORMAT = 1
 METRICS_FILE, ROWS_FILE = 'metrics.json', 'utterances.jsonl'
 _LIMIT_SEED = 0
 _ASR_ROWS = 8  # windows of one call, whatever --batch-size says
+_WAITING = 64  # recordings that the pool may be behind
 _PACKAGES = ('jax', 'jaxlib', 'jiwer', 'librosa', 'numpy', 'onnxruntime', 'pesq', 'pystoi', 'pyworld', 'scipy',
              'soundfile', 'soxr', 'speechmos', 'tokenizers', 'whisper-normalizer')
 
@@ -88,8 +91,13 @@ def evaluate(settings: Settings, out: str | Path, processes: int | None = None) 
   models = load_models(settings.model, settings.baselines)
   ears = _Ears(settings, models[0])
   digest, rows = hashlib.sha256(), []
-  waiting: list[tuple[dict[str, Any], Future]] = []
+  waiting: collections.deque[tuple[Row, Future | None]] = collections.deque()
   with Pool(processes) as pool, tqdm(total=len(source), unit='utterance', dynamic_ncols=True, disable=None) as bar:
+
+    def finish() -> None:
+      _merge(*waiting.popleft())
+      bar.update()
+
     for first in range(0, len(source), settings.batch_size):
       here = [load(source, position) for position in range(first, min(first + settings.batch_size, len(source)))]
       for recording in here:
@@ -97,9 +105,10 @@ def evaluate(settings: Settings, out: str | Path, processes: int | None = None) 
       for row, future in _measure(here, models, ears, pool):
         rows.append(row)
         waiting.append((row, future))
-      bar.update(len(here))
-    for row, future in waiting:
-      _merge(row, future)
+      while len(waiting) > _WAITING:  # their waveforms are in memory
+        finish()
+    while waiting:
+      finish()
   rows_text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
   found = _table(settings, models, ears, rows, digest.hexdigest())
   _write(out / ROWS_FILE, rows_text)
@@ -110,7 +119,7 @@ def evaluate(settings: Settings, out: str | Path, processes: int | None = None) 
   return found
 
 
-def _example(row: dict[str, Any], recording: Recording, model: Model) -> report.Example:
+def _example(row: Row, recording: Recording, model: Model) -> report.Example:
   codes = model.encode([recording])
   audio = {path: model.decode(codes, path, [len(recording.audio_N)])[0] for path in PATHS}
   return report.Example(row, {'original': recording.audio_N, **audio}, codes[0].ids)
@@ -161,7 +170,7 @@ def _own_teacher(model: Model) -> str:
 
 
 def _measure(recordings: Sequence[Recording], models: Sequence[Model], ears: _Ears,
-             pool: Pool) -> list[tuple[dict[str, Any], Future | None]]:
+             pool: Pool) -> list[tuple[Row, Future | None]]:
   """Rows of utterances, and what will still come in from the pool."""
   heard = [one for one in recordings if not one.fault]
   audio = {'original': [one.audio_N for one in heard]}  # by system, None where it has none
@@ -238,7 +247,7 @@ def _word_values(one: Recording, heard: str) -> dict[str, float]:
           'characters': found.characters}
 
 
-def _merge(row: dict[str, Any], future: Future | None) -> None:
+def _merge(row: Row, future: Future | None) -> None:
   """What the pool found into a row, which becomes plain JSON."""
   if future is not None:
     for system, measured in future.result().items():
@@ -247,7 +256,7 @@ def _merge(row: dict[str, Any], future: Future | None) -> None:
   row['systems'] = {system: asdict(measured) for system, measured in row['systems'].items()}
 
 
-def _table(settings: Settings, models: Sequence[Model], ears: _Ears, rows: Sequence[dict[str, Any]],
+def _table(settings: Settings, models: Sequence[Model], ears: _Ears, rows: Sequence[Row],
            data_hash: str) -> dict[str, Any]:
   systems = ['original', *(system for model in models for system in model.systems), *BASELINES]
   found = [row for row in rows if 'fault' not in row]

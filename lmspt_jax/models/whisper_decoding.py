@@ -11,6 +11,7 @@ L tokens, C candidates, V vocabulary.
 
 from __future__ import annotations
 
+import collections
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -143,7 +144,7 @@ class Heard:
 
 
 class Listener:
-  """A Whisper with its parameters on the device. One program serves recordings of any length."""
+  """A Whisper with its parameters on every local device. One program serves recordings of any length."""
 
   def __init__(self, dims: WhisperDims, params: dict[str, Any], vocabulary: WhisperVocabulary, *, beams: int = 1,
                rows: int = 8, max_tokens: int = 224):
@@ -160,7 +161,8 @@ class Listener:
       raise LmsptError(f'Whisper vocabulary: has token {max(vocabulary.suppressed)}, the model only {dims.vocab_size} '
                        'tokens; use the tokenizer.json of the model')
     self.dims, self.vocabulary, self.beams, self.rows, self.max_tokens = dims, vocabulary, beams, rows, max_tokens
-    self.params = jax.tree.map(jnp.asarray, params)
+    self._devices = jax.local_devices()
+    self._params = functools.cache(lambda device: jax.device_put(params, device))
 
   def listen(self, audios: Sequence[np.ndarray], language: str = 'en') -> list[Heard]:
     """float32 recordings at 16 kHz, each [N] of any length, in one language (a code of Whisper's).
@@ -172,23 +174,38 @@ class Listener:
     max_tokens = min(self.max_tokens, self.dims.text_context - len(prompt))
     texts, features = [[] for _ in audios], [[] for _ in audios]
     pieces = sorted(_windows(audios, self.dims), key=lambda piece: len(piece[1]))
+    calls = [pieces[first:first + self.rows] for first in range(0, len(pieces), self.rows)]
+    ahead = len(self._devices)  # calls that are under way at once
+    running: collections.deque[tuple[list[Piece], Array, Array]] = collections.deque()
     found = []
-    for first in range(0, len(pieces), self.rows):
-      chosen = pieces[first:first + self.rows]
-      encoded_BTD = encode_windows(self.dims, self.params['encoder'], _stacked(chosen, self.rows, self.dims))
-      used_B = np.arange(self.rows) < len(chosen)
-      tokens_BL = beam_search(self.dims, self.params['decoder'], encoded_BTD, used_B, prompt, self.vocabulary.end,
-                              self.vocabulary.suppressed, self.vocabulary.suppressed_first, max_tokens, self.beams)
-      for (place, samples_N), ids_L, encoded_TD in zip(chosen, np.asarray(tokens_BL), np.asarray(encoded_BTD),
-                                                       strict=False):
-        text = self.vocabulary.decode(ids_L.tolist())
-        found.append((place, text, _heard_positions(self.dims, encoded_TD, samples_N)))
+    for turn in range(len(calls) + ahead):
+      if turn < len(calls):
+        started = self._start(calls[turn], prompt, max_tokens, self._devices[turn % ahead])
+        running.append((calls[turn], *started))
+      if running and turn >= ahead:
+        chosen, tokens_BL, encoded_BTD = running.popleft()
+        for (place, samples_N), ids_L, encoded_TD in zip(chosen, np.asarray(tokens_BL), np.asarray(encoded_BTD),
+                                                         strict=False):
+          text = self.vocabulary.decode(ids_L.tolist())
+          found.append((place, text, _heard_positions(self.dims, encoded_TD, samples_N)))
     for (item, _), text, encoded_TD in sorted(found, key=lambda part: part[0]):
       texts[item].append(text)
       features[item].append(encoded_TD)
     nothing = np.zeros((0, self.dims.width), np.float32)
     return [Heard(' '.join(filter(None, parts)), np.concatenate([nothing, *encoded]))
             for parts, encoded in zip(texts, features, strict=True)]
+
+  def _start(self, pieces: Sequence[Piece], prompt: tuple[int, ...], max_tokens: int,
+             device: jax.Device) -> tuple[Array, Array]:
+    """Tokens [B, L] and features [B, T, D] of windows, not waited for."""
+    params = self._params(device)
+    audio_BN = jax.device_put(_stacked(pieces, self.rows, self.dims), device)
+    encoded_BTD = encode_windows(self.dims, params['encoder'], audio_BN)
+    used_B = np.arange(self.rows) < len(pieces)
+    vocabulary = self.vocabulary
+    tokens_BL = beam_search(self.dims, params['decoder'], encoded_BTD, used_B, prompt, vocabulary.end,
+                            vocabulary.suppressed, vocabulary.suppressed_first, max_tokens, self.beams)
+    return tokens_BL, encoded_BTD
 
 
 def transcribe(dims: WhisperDims, params: dict[str, Any], vocabulary: WhisperVocabulary, audios: Sequence[np.ndarray],
