@@ -47,11 +47,17 @@ def _draws(count: int) -> np.ndarray:
   return rng.multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.uint32)
 
 
-def interval(statistic: Callable[[np.ndarray], float], count: int) -> tuple[float | None, float | None]:
-  """95 % percentile interval of a statistic of how often each utterance is there, [U]."""
+def spread(statistic: Callable[[np.ndarray], float], count: int) -> Figure:
+  """Of a statistic of how often each utterance is there, [U], that grows with how many different ones there are: an
+  entropy, a number of codes. A resample holds two thirds of them, so the percentiles are moved by what the mean of the
+  resamples is off."""
+  if not count:
+    return Figure(None, None, None, 0)
+  value = float(statistic(np.ones(count)))
   if count < 2:
-    return None, None
-  return _percentiles(np.array([statistic(draws_U) for draws_U in _draws(count)]))
+    return Figure(value, None, None, count)
+  values_R = np.array([statistic(draws_U) for draws_U in _draws(count)])
+  return Figure(value, *_percentiles(values_R - values_R.mean() + value), count)
 
 
 def _percentiles(values_R: np.ndarray) -> tuple[float, float]:

@@ -1,20 +1,19 @@
 """What the codes of a corpus look like: use, entropy, bits, repeats and n-grams, per codebook.
 
-Entropies are those of the counts (plug-in), in bits. They are too low where the corpus is short beside the codebook,
-and so are the bootstrap's intervals, as a resample holds only two thirds of the utterances: compare models on the same
-utterances.
+Entropies are those of the counts (plug-in), in bits. They are too low where the corpus is short beside the codebook:
+compare models on the same utterances.
 
 Axes: U utterances, K codebooks, T frames of an utterance, M frames of all utterances.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 
-from lmspt_jax.evaluation.statistics import Figure, interval, ratio
+from lmspt_jax.evaluation.statistics import ratio, spread
 
 NGRAMS = (2, 3)
 
@@ -46,11 +45,8 @@ def _statistics(ids: Sequence[np.ndarray], size: int, frame_rate: float) -> dict
     found = np.bincount(grams[n], weights=draws_U[owner[n]])
     return found[found > 0]
 
-  def figure(statistic) -> dict[str, Any]:
-    if not len(ids) or not frames_U.sum():
-      return vars(Figure(None, None, None, 0))
-    low, high = interval(statistic, len(ids))
-    return vars(Figure(float(statistic(np.ones(len(ids)))), low, high, len(ids)))
+  def figure(statistic: Callable[[np.ndarray], float]) -> dict[str, Any]:
+    return vars(spread(statistic, len(ids)))
 
   entropy = lambda n, draws_U: _entropy(counts(n, draws_U))
   repeats_U = [int(np.sum(ids_T[1:] == ids_T[:-1])) for ids_T in ids]
