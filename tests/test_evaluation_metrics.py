@@ -133,6 +133,9 @@ def test_two_speakers_are_told_apart(speech):
   ours, other, reader = map(speaker.speaker_embedding, speech)
   assert ours @ other > 0.75 > ours @ reader
   assert ours @ other > other @ reader
+  # Its four largest, as the package has them too (tests/parity/test_speaker_parity.py).
+  assert np.argsort(-ours)[:4].tolist() == [243, 10, 2, 210]
+  np.testing.assert_allclose(ours[[243, 10, 2, 210]], [0.2710, 0.2191, 0.2101, 0.1964], atol=1e-4)
 
 
 def test_silence_and_moments_are_undefined(speech):
@@ -209,7 +212,7 @@ def test_baselines_are_in_step_and_of_the_bitrate_asked_for(speech):
   for bitrate in baselines.OPUS:
     decoded_N, bits = baselines.opus(audio_N, bitrate)
     assert decoded_N.shape == audio_N.shape
-    assert bits / (len(audio_N) / 16_000) == pytest.approx(bitrate, rel=0.25)
+    assert bits / (len(audio_N) / 16_000) == pytest.approx(bitrate, rel=0.03)  # with the container a tenth more or a fifth
     scores.append(signal.short_time_intelligibility(audio_N, decoded_N))
   assert 0.7 < scores[0] < scores[1]
   narrow_N = baselines.narrowed(audio_N)
