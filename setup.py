@@ -48,10 +48,10 @@ ONNX = ['onnx>=1.17']  # writes the graphs; onnxruntime alone runs them
 PLOT = ['matplotlib>=3.9']
 # What `lmspt evaluate` measures with. The speaker encoder's weights come apart: requirements/evaluate-no-deps.txt.
 EVALUATE = [
+  *PLOT,  # colour maps
   *TRANSCRIBE,
   *WHISPER_TINY,
   'librosa>=0.10',  # mel spectrograms of speechmos and of the speaker encoder
-  'matplotlib>=3.9',  # colour maps
   'onnxruntime>=1.20',  # runs speechmos' models
   'pesq>=0.0.4',
   'pystoi>=0.4',
