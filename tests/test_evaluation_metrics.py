@@ -212,7 +212,7 @@ def test_baselines_are_in_step_and_of_the_bitrate_asked_for(speech):
   for bitrate in baselines.OPUS:
     decoded_N, bits = baselines.opus(audio_N, bitrate)
     assert decoded_N.shape == audio_N.shape
-    assert bits / (len(audio_N) / 16_000) == pytest.approx(bitrate, rel=0.03)  # without the container
+    assert bits / (len(audio_N) / 16_000) == pytest.approx(bitrate, rel=0.03)  # packets alone
     scores.append(signal.short_time_intelligibility(audio_N, decoded_N))
   assert 0.7 < scores[0] < scores[1]
   narrow_N = baselines.narrowed(audio_N)
