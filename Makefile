@@ -16,7 +16,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 help:
 	@echo 'make demo         train on the bundled speech, encode, decode, report (runs/demo)'
 	@echo 'make test         the default test suite (WORKERS=2 processes; PYTEST_ARGS=tests/test_cli.py)'
-	@echo 'make test-runs    whole training runs: meshes, hosts, kills, resuming'
+	@echo 'make test-runs    whole runs: trainings on meshes and hosts, kills, fine-tuning, sweeps, an evaluation'
 	@echo 'make test-parity  comparison with the PyTorch references'
 	@echo 'make test-prepare lmspt prepare on Apache Beam, in an environment of its own'
 	@echo 'make lint         ruff'

@@ -91,6 +91,7 @@ def test_the_same_seed_gives_the_same_files(seeds, tmp_path):
 FILES = {
     'release': 'a.safetensors', 'export': 'config.json', 'hugging-face': 'model.safetensors',
     'ctranslate2': 'model.bin', 'openai': 'a.pt', 'vocabulary': 'tokenizer.json', 'codes': 'a.npz',
+    'tokens': 'manifest.json',
     'run': 'checkpoints/3/record/data.json', 'dataset.json': 'dataset.json', 'manifest.jsonl': 'manifest.jsonl',
     'arrayrecord': 'index.parquet', 'webdataset': '000.tar', 'parquet': '0000.parquet'}
 
