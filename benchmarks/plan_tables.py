@@ -132,6 +132,10 @@ def fits(plans: dict[str, dict[str, Any]]) -> str:
 def page(plans: dict[str, dict[str, Any]]) -> str:
   compiled = [plan['compile_seconds'] / 60 for name, plan in plans.items()
               if not QUICK.items() <= CASES[name][3].items()] or [0]
+  quick = any(QUICK.items() <= CASES[name][3].items() for name in plans)
+  how = ('Plans of 4 crops and more were compiled with `compute.tpu_convolution_target=0.7` (docs/scaling.md): in half '
+         'the\ntime, with other tiles for the convolutions, which what fits does not hang on.' if quick else
+         'docs/scaling.md has a plan of 8 crops, all parts recomputed, and its command.')
   return f'''# Plans: the release preset with Whisper large-v3 on TPU slices
 
 Made by `python -m benchmarks.plan_tables`: `configs/lmspt_12_5hz.py`, crops of 6 s, bfloat16, parameters and teacher
@@ -161,8 +165,7 @@ ring's arithmetic has it, (n - 1) / n of it and for an all-reduce twice that: fr
 
 {fits(plans)}
 
-Plans of 4 crops and more were compiled with `compute.tpu_convolution_target=0.7` (docs/scaling.md): in half the time,
-with other tiles for the convolutions, which what fits does not hang on.
+{how}
 '''
 
 
