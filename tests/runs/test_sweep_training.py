@@ -43,7 +43,9 @@ def start(place, repo):
   def run(*options: str) -> subprocess.Popen:
     started.append(subprocess.Popen(
         [sys.executable, '-c', DRIVER, str(place.root / 'stub.py'), *place.arguments(*options)],
-        env={**os.environ, 'PYTHONPATH': str(repo)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True))
+        env={**os.environ, 'PYTHONPATH': str(repo)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Of what runs in the background of a shell, tests too, SIGINT is ignored.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)))
     return started[-1]
 
   yield run
