@@ -75,6 +75,17 @@ def parse_json(text: str | bytes, where: str) -> Any:
     raise LmsptError(f'{where}: not JSON ({error}): damaged or cut short, get it again') from error
 
 
+def writable_folder(out: str | os.PathLike) -> Path:
+  """The folder of --out, made if it is not there. Raises LmsptError: it can't be made or written."""
+  try:
+    Path(out).mkdir(parents=True, exist_ok=True)
+  except OSError as error:
+    raise LmsptError(f"--out={out}: this folder can't be made ({error.strerror}); choose another") from error
+  if not os.access(out, os.W_OK | os.X_OK):
+    raise LmsptError(f"--out={out}: this folder can't be written; choose another or change its permissions")
+  return Path(out)
+
+
 class PlainZip:
   """A zip whose members are stored as they are, read by name. Nothing is ever unpacked to a file.
 

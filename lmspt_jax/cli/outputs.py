@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
 from lmspt_jax.errors import LmsptError
+from lmspt_jax.files import writable_folder
 
 
 def plan(inputs: Sequence[str], out: str, suffix: str) -> list[tuple[Path, Path]]:
@@ -26,10 +26,5 @@ def plan(inputs: Sequence[str], out: str, suffix: str) -> list[tuple[Path, Path]
       raise LmsptError(f'{source}: {pairs[target]} would be written to {target} too; call once for each of them, '
                        'with another --out')
     pairs[target] = source
-  try:
-    Path(out).mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise LmsptError(f"--out={out}: this folder can't be made ({error.strerror}); choose another") from error
-  if not os.access(out, os.W_OK | os.X_OK):
-    raise LmsptError(f"--out={out}: this folder can't be written; choose another or change its permissions")
+  writable_folder(out)
   return [(source, target) for target, source in pairs.items()]

@@ -9,7 +9,6 @@ from __future__ import annotations
 import collections
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
@@ -23,6 +22,7 @@ import numpy as np
 from tqdm import tqdm
 
 from lmspt_jax.convert.whisper import WhisperCheckpoint, load_whisper
+from lmspt_jax.data.dataset_info import write_atomic
 from lmspt_jax.data.sources import Source, open_source
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.evaluation import report, speaker, statistics, summary
@@ -34,6 +34,7 @@ from lmspt_jax.evaluation.systems import BASELINES, Model, Recording, baseline_a
 from lmspt_jax.evaluation.tokens import codebook_statistics
 from lmspt_jax.evaluation.undefined import Undefined, check_packages
 from lmspt_jax.evaluation.words import text_errors
+from lmspt_jax.files import writable_folder
 from lmspt_jax.inference.tokenizer import PATHS
 from lmspt_jax.models.whisper_decoding import Listener, WhisperVocabulary, encode_recordings
 from lmspt_jax.version import __version__
@@ -86,7 +87,7 @@ def evaluate(settings: Settings, out: str | Path, processes: int | None = None) 
   for name, least in (('limit', 0), ('beams', 1), ('batch_size', 1)):
     if getattr(settings, name) < least:
       raise LmsptError(f'--{name.replace("_", "-")}={getattr(settings, name)}: must be at least {least}')
-  out = _folder(out)
+  out = writable_folder(out)
   source = _chosen(open_source(settings.data, settings.split), settings.limit)
   models = load_models(settings.model, settings.baselines)
   ears = _Ears(settings, models[0])
@@ -111,11 +112,11 @@ def evaluate(settings: Settings, out: str | Path, processes: int | None = None) 
       finish()
   rows_text = ''.join(json.dumps(row, ensure_ascii=False) + '\n' for row in rows)
   found = _table(settings, models, ears, rows, digest.hexdigest())
-  _write(out / ROWS_FILE, rows_text)
-  _write(out / METRICS_FILE, json.dumps(found, indent=2, ensure_ascii=False) + '\n')
+  write_atomic(out / ROWS_FILE, rows_text)
+  write_atomic(out / METRICS_FILE, json.dumps(found, indent=2, ensure_ascii=False) + '\n')
   chosen, worst = ([_example(rows[number], load(source, number), models[0]) for number in numbers]
                    for numbers in report.choose(rows))
-  _write(out / report.REPORT_FILE, report.page(found, rows, chosen, worst, report.run_curves(settings.model)))
+  write_atomic(out / report.REPORT_FILE, report.page(found, rows, chosen, worst, report.run_curves(settings.model)))
   return found
 
 
@@ -292,19 +293,3 @@ def _chosen(source: Source, limit: int) -> Source:
   if not limit or limit >= len(source):
     return source
   return source.select(np.sort(np.random.default_rng(_LIMIT_SEED).choice(len(source), limit, replace=False)))
-
-
-def _folder(out: str | Path) -> Path:
-  try:
-    Path(out).mkdir(parents=True, exist_ok=True)
-  except OSError as error:
-    raise LmsptError(f"--out={out}: this folder can't be made ({error.strerror}); choose another") from error
-  if not os.access(out, os.W_OK | os.X_OK):
-    raise LmsptError(f"--out={out}: this folder can't be written; choose another or change its permissions")
-  return Path(out)
-
-
-def _write(path: Path, text: str) -> None:
-  temporary = path.with_name(f'.{path.name}.{os.getpid()}.tmp')
-  temporary.write_text(text, encoding='utf-8')
-  temporary.replace(path)

@@ -93,19 +93,13 @@ def summarize(source: Source, state: Path, out: Path, shards: Sequence[tuple[Sha
       made_with=made_with, frame_rate=tokenizer.frame_rate, sample_rate=rate, hop=tokenizer.hop,
       dtype=ids_dtype(max(tokenizer.codebook_sizes)).name, codebook_sizes=tokenizer.codebook_sizes,
       vocabulary=Vocabulary(tokenizer.codebook_sizes),
-      data={'source': _short(source.uri), 'split': split, 'utterances': len(source),
+      data={'source': source.short_uri, 'split': split, 'utterances': len(source),
             'fingerprint': source.index.fingerprint(), 'licenses': source.index.counts('license')},
       utterances=utterances, hours=_hours(sum(samples for _, samples in splits.values()), rate), frames=frames,
       tokens=frames * len(counts), splits=_named(splits, rate), languages=_named(languages, rate),
       speakers=len(speakers - {''}), faults=_by_reason(faults), codebooks=quality.describe_use(counts),
       warnings=quality.warnings(counts), degenerate=len(degenerate),
       files={name: sha256(out / name) for name in (FAULTS, DEGENERATE)}, shards=found)
-
-
-def _short(uri: str) -> str:
-  """Without the folders of this machine."""
-  kind, _, path = uri.partition(':')
-  return f'{kind}:{Path(path).name}'
 
 
 def _add(total: list[int], utterances: int, samples: int) -> None:

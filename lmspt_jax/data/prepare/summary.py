@@ -39,8 +39,7 @@ def write_summary(job: Job, num_parts: int, names: Sequence[str]) -> DatasetInfo
   durations = _histogram(tenths)
   write_atomic(job.out / PICTURE_NAME, _picture(durations))
   licences = _copy_licences(job)
-  kind, _, path = job.source.uri.partition(':')
-  source = f'{kind}:{Path(path).name}'
+  source = job.source.short_uri
   named = {key: {label: {'utterances': count, 'hours': _hours(seconds)}
                  for label, (count, seconds) in sorted(part.items())} for key, part in totals.items()}
   for name, total in named['licenses'].items():

@@ -89,6 +89,12 @@ class Source:
     """What errors and reports call this utterance, found without reading it."""
     return self._name(self._row(position))
 
+  @property
+  def short_uri(self) -> str:
+    """KIND and the last part of where it is: what may be told of it elsewhere."""
+    kind, _, where = self.uri.partition(':')
+    return f'{kind}:{Path(where).name}'
+
   def relative(self, name: str) -> str:
     """What `name` calls an utterance, or a fault a file, without the folder that the source lies in."""
     return name.removeprefix(f'{self.root}/')
