@@ -24,6 +24,8 @@ from lmspt_jax.errors import LmsptError
 from lmspt_jax.export.onnx import write_onnx
 from lmspt_jax.export.stablehlo import write_stablehlo
 from lmspt_jax.inference.codes import Codes
+from lmspt_jax.models.folding import directions
+from lmspt_jax.models.quantizers import nearest_codes
 from lmspt_jax.models.tokenizer import abstract_tokenizer
 from lmspt_jax.pretrained.model import TrainedModel
 
@@ -94,7 +96,8 @@ def test_codes_and_audio_are_the_tokenizers(variant, tmp_path):
     for name, expected in (('decode', audio), ('resynthesis', resynthesis)):
       found = call(folder, name, ids)
       assert (found.dtype, found.shape) == (np.float32, expected.shape), (kind, name)
-      np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5, err_msg=f'{kind} {name}')
+      # StableHLO is the same program of another length: not even the last bits differ.
+      np.testing.assert_allclose(found, expected, rtol=0, atol=1e-5 if kind == 'onnx' else 0, err_msg=f'{kind} {name}')
 
 
 @pytest.mark.parametrize('kind', FORMATS)
@@ -110,6 +113,23 @@ def test_fewer_codebooks(kind, release):
                                 call(folders[kind], 'resynthesis', ids[None]))
   with pytest.raises((ValueError, onnxruntime.capi.onnxruntime_pybind11_state.Fail)):
     call(folders[kind], 'decode', np.zeros((1, 5, 3), np.int32))
+
+
+def test_codes_nearer_to_each_other_than_float32_tells():
+  """Pairs of codes of which a third of the latents has equal similarities in float32; float64 says which is nearer."""
+  generator = np.random.default_rng(0)
+  codes_SD = generator.standard_normal((64, 8)).astype(np.float32)
+  codes_SD[1::2] = codes_SD[::2] + 3e-4 * generator.standard_normal((32, 8)).astype(np.float32)
+  codes_SD = directions(codes_SD)
+  latents_ND = codes_SD[generator.integers(0, 64, 4000)]
+  latents_ND += (1e-4 * generator.standard_normal(latents_ND.shape)).astype(np.float32)
+  similarity_NS = np.asarray(latents_ND, np.float64) @ np.asarray(codes_SD, np.float64).T
+  expected_N = similarity_NS.argmax(1)
+  two_N2 = np.sort(similarity_NS, axis=1)[:, -2:]
+  assert np.mean(np.float32(two_N2[:, 0]) == np.float32(two_N2[:, 1])) > 0.3
+  apart_N = two_N2[:, 1] - two_N2[:, 0] > 1e-10
+  found_N = np.asarray(jax.jit(nearest_codes)(latents_ND, codes_SD))
+  np.testing.assert_array_equal(found_N[apart_N], expected_N[apart_N])
 
 
 @pytest.mark.parametrize('kind', FORMATS)

@@ -38,6 +38,7 @@ from lmspt_jax.models.quantizers import (
   QuantizerOutput,
   ResidualQuantizer,
   active_codebooks,
+  l2_normalise,
   nearest_codes,
 )
 from lmspt_jax.sharding import Placement, make_mesh
@@ -545,7 +546,7 @@ def clustered(clusters=32, per_cluster=16, dim=4, seed=0):
 def test_kmeans_centroids_are_their_points_means():
   points = clustered()
   table = np.asarray(fast(codebook_rules.kmeans, static_argnums=2)(jax.random.key(0), points, 32))
-  codes = np.asarray(nearest_codes(points, table))
+  codes = np.asarray(nearest_codes(points, l2_normalise(table)))
   counts = np.bincount(codes, minlength=32)
   assert (counts > 0).sum() >= 28
   means = np.stack([points[codes == s].mean(0) if counts[s] else table[s] for s in range(32)])
@@ -564,7 +565,7 @@ def revived(quantizer, steps, quirks=FIXED):
   table = jnp.asarray(points[0] + 0.001 * np.random.default_rng(1).standard_normal((32, 4)), jnp.float32)
   tables, states, figures = [table], None, []
   for step in range(steps):
-    codes = nearest_codes(latents, tables[0])
+    codes = nearest_codes(latents, l2_normalise(tables[0]))
     tables, states, found = care(codes, latents, tables, quantizer=quantizer, step=step, states=states, quirks=quirks,
                                  seed=step)
     figures.append(found['perplexity_acoustic'])

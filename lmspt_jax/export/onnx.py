@@ -12,7 +12,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 
@@ -20,8 +19,14 @@ from lmspt_jax.config import ModelConfig
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.export.graphs import FORMAT_VERSION, graph_names, write_bytes
 from lmspt_jax.models.codec import Decoder, Encoder
-from lmspt_jax.models.layers import Conv1d, ResidualUnit, Snake, Upsample1d, normalised_kernel
-from lmspt_jax.models.quantizers import FiniteScalarQuantizer, ResidualQuantizer, VectorQuantizer, l2_normalise
+from lmspt_jax.models.folding import applied_kernel, directions
+from lmspt_jax.models.layers import Conv1d, ResidualUnit, Snake, Upsample1d
+from lmspt_jax.models.quantizers import (
+  CANDIDATES,
+  FiniteScalarQuantizer,
+  ResidualQuantizer,
+  VectorQuantizer,
+)
 from lmspt_jax.models.tokenizer import SpeechTokenizer, merge_tokenizer
 from lmspt_jax.version import __version__
 
@@ -135,22 +140,14 @@ def _conv(graph: _Graph, x: str, conv: Conv1d) -> str:
   pads = [conv.padding, conv.padding]
   if conv.causal:
     pads = [(conv.kernel_size - 1) * conv.dilation + 1 - conv.stride, 0]
-  return graph.add('Conv', x, graph.array(_kernel(conv, 2).transpose(2, 1, 0)), graph.array(conv.bias[...]), pads=pads,
-                   kernel_shape=[conv.kernel_size], strides=[conv.stride], dilations=[conv.dilation])
+  return graph.add('Conv', x, graph.array(applied_kernel(conv).transpose(2, 1, 0)), graph.array(conv.bias[...]),
+                   pads=pads, kernel_shape=[conv.kernel_size], strides=[conv.stride], dilations=[conv.dilation])
 
 
 def _upsample(graph: _Graph, x: str, upsample: Upsample1d) -> str:
-  return graph.add('ConvTranspose', x, graph.array(_kernel(upsample, 1).transpose(1, 2, 0)),
+  return graph.add('ConvTranspose', x, graph.array(applied_kernel(upsample).transpose(1, 2, 0)),
                    graph.array(upsample.bias[...]), kernel_shape=[2 * upsample.rate], strides=[upsample.rate],
                    pads=list(upsample.trimmed))
-
-
-def _kernel(conv: Conv1d | Upsample1d, axis: int) -> np.ndarray:
-  """The kernel [K, I, O] that is applied."""
-  return np.asarray(_normalised_kernel(conv.weight_v[...], conv.weight_g[...], axis=axis))
-
-
-_normalised_kernel = jax.jit(normalised_kernel, static_argnames='axis')
 
 
 # ---------------------------------------------------------------- quantizers, [B, T, C] as in the model
@@ -170,11 +167,24 @@ def _quantize(graph: _Graph, z: str, residual: ResidualQuantizer) -> tuple[list[
 
 
 def _nearest(graph: _Graph, z_e: str, quantizer: VectorQuantizer) -> tuple[str, str]:
+  """As `quantizers.nearest_codes` finds it; N candidates."""
   codebook_SD = np.asarray(quantizer.codebook[...])
-  square = graph.add('ReduceSum', graph.add('Mul', z_e, z_e), graph.array([-1]), keepdims=1)
-  norm = graph.add('Sqrt', graph.add('Max', square, graph.array(np.float32(1e-24))))
-  similarity = graph.add('MatMul', graph.add('Div', z_e, norm), graph.array(np.asarray(l2_normalise(codebook_SD)).T))
-  codes = graph.add('ArgMax', similarity, axis=-1, keepdims=0, select_last_index=0)
+  directions_SD = directions(codebook_SD)
+  last = graph.array([-1])
+  norm = graph.add('Sqrt', graph.add('Max', graph.add('ReduceSum', graph.add('Mul', z_e, z_e), last, keepdims=1),
+                                     graph.array(np.float32(1e-24))))
+  similarity = graph.add('MatMul', graph.add('Div', z_e, norm), graph.array(directions_SD.T))
+  codes_BTN = graph.top(similarity, min(CANDIDATES, len(codebook_SD)))
+  first_BT1 = graph.add('Slice', codes_BTN, graph.array([0]), graph.array([1]), last)
+  difference_BTND = graph.add('Sub', graph.add('Gather', graph.array(directions_SD), codes_BTN, axis=0),
+                              graph.add('Gather', graph.array(directions_SD), first_BT1, axis=0))
+  gains_BTN = graph.add('ReduceSum', graph.add('Mul', graph.add('Unsqueeze', z_e, graph.array([-2])), difference_BTND),
+                        last, keepdims=0)
+  best_BT1 = graph.add('ArgMax', gains_BTN, axis=-1, keepdims=1, select_last_index=0)
+  best_BT1 = graph.add('GatherElements', codes_BTN, best_BT1, axis=-1)
+  # Of equal codes the first: found here, as every code's is known.
+  _, firsts, inverse = np.unique(directions_SD, axis=0, return_index=True, return_inverse=True)
+  codes = graph.add('Gather', graph.array(firsts[inverse.reshape(-1)]), graph.add('Squeeze', best_BT1, last), axis=0)
   z_q = graph.add('Gather', graph.array(codebook_SD), codes, axis=0)
   return graph.cast(codes, 'int32'), _straight_through(graph, z_e, z_q)
 
@@ -215,7 +225,7 @@ def _lookup(graph: _Graph, ids_BKT: str, first: int, residual: ResidualQuantizer
 
 
 def _project(graph: _Graph, x_BTC: str, conv: Conv1d) -> str:
-  return graph.add('Add', graph.add('MatMul', x_BTC, graph.array(_kernel(conv, 2)[0])), graph.array(conv.bias[...]))
+  return graph.add('Add', graph.add('MatMul', x_BTC, graph.array(applied_kernel(conv)[0])), graph.array(conv.bias[...]))
 
 
 # ---------------------------------------------------------------- writing
@@ -244,6 +254,13 @@ class _Graph:
     output = output or f'{operator}_{len(self._nodes)}'
     self._nodes.append(self._onnx.helper.make_node(operator, inputs, [output], **attributes))
     return output
+
+  def top(self, value: str, count: int) -> str:
+    """Positions of the largest values along the last axis, of equal ones the first."""
+    name = f'TopK_{len(self._nodes)}'
+    self._nodes.append(self._onnx.helper.make_node('TopK', [value, self.array([count])], [f'{name}_values', name],
+                                                   axis=-1, largest=1, sorted=1))
+    return name
 
   def cast(self, value: str, dtype: str) -> str:
     return self.add('Cast', value, to=self._type(dtype))

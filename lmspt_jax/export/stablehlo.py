@@ -23,10 +23,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors.numpy
+from flax import nnx
 
 from lmspt_jax.config import ModelConfig
 from lmspt_jax.export.graphs import FORMAT_VERSION, graph_names, write_bytes
-from lmspt_jax.models.tokenizer import SpeechTokenizer, abstract_tokenizer, merge_tokenizer
+from lmspt_jax.models.folding import folded_tokenizer
+from lmspt_jax.models.tokenizer import SpeechTokenizer
 from lmspt_jax.pretrained.model import named_arrays
 
 PLATFORMS = ('cpu', 'cuda', 'tpu')
@@ -49,23 +51,26 @@ def write_stablehlo(folder: Path, config: ModelConfig, params: dict[str, Any], c
   Raises:
     LmsptError: a file can't be written.
   """
-  arrays = named_arrays(params) | named_arrays(codebooks)
+  graphdef, *folded = folded_tokenizer(config, params, codebooks)
+  arrays = named_arrays(folded[0]) | named_arrays(folded[1])
+  abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), folded)
+
+  def model(weights: dict[str, jax.Array]) -> SpeechTokenizer:
+    """Around some of its weights; the others are shapes, and can't be computed with."""
+    return nnx.merge(graphdef, *jax.tree_util.tree_map_with_path(
+        lambda path, leaf: weights.get(_name(path), leaf), abstract))
+
   written = []
   for graph in graph_names(resynthesis):
     weights = {name: np.ascontiguousarray(leaf) for name, leaf in arrays.items()
                if name.partition('/')[0] in _PARTS[graph]}
-    exported = export_graph(graph, config, weights)
+    function, array = _function(graph, config, model)
+    shapes = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in weights.items()}
+    with _without_traces():
+      exported = jax.export.export(jax.jit(function), platforms=PLATFORMS)(shapes, array)
     written += [write_bytes(folder / f'{graph}.stablehlo', bytes(exported.serialize())),
                 write_bytes(folder / f'{graph}.safetensors', safetensors.numpy.save(weights))]
   return written
-
-
-def export_graph(graph: str, config: ModelConfig, weights: dict[str, np.ndarray]) -> jax.export.Exported:
-  """One graph as a function of (weights, array); of the weights only shapes and types are read."""
-  function, shape, dtype = _function(graph, config)
-  abstract = {name: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype) for name, leaf in weights.items()}
-  with _without_traces():
-    return jax.export.export(jax.jit(function), platforms=PLATFORMS)(abstract, jax.ShapeDtypeStruct(shape, dtype))
 
 
 @contextlib.contextmanager
@@ -86,32 +91,25 @@ def versions() -> dict[str, Any]:
           'calling_convention': jax.export.maximum_supported_calling_convention_version}
 
 
-def _function(graph: str, config: ModelConfig) -> tuple[Callable[..., jax.Array], tuple[Any, ...], Any]:
-  """(function, symbolic shape of its array, dtype of it)."""
+def _function(graph: str, config: ModelConfig, model: Callable[[dict[str, jax.Array]], SpeechTokenizer]
+              ) -> tuple[Callable[..., jax.Array], jax.ShapeDtypeStruct]:
+  """(function of (weights, array), its array)."""
   if graph == 'encode':
     def encode(weights: dict[str, jax.Array], audio_BN: jax.Array) -> jax.Array:
       whole = config.num_frames(audio_BN.shape[1]) * config.hop
-      return _model(config, weights).encode(jnp.pad(audio_BN, ((0, 0), (0, whole - audio_BN.shape[1]))))
+      return model(weights).encode(jnp.pad(audio_BN, ((0, 0), (0, whole - audio_BN.shape[1]))))
 
-    return encode, jax.export.symbolic_shape('batch, samples'), jnp.float32
+    return encode, jax.ShapeDtypeStruct(jax.export.symbolic_shape('batch, samples'), jnp.float32)
 
   def decode(weights: dict[str, jax.Array], ids_BKT: jax.Array) -> jax.Array:
     absent = ((0, 0), (0, config.num_codebooks - ids_BKT.shape[1]), (0, 0))
-    return _model(config, weights).decode(jnp.pad(ids_BKT, absent, constant_values=-1))
+    return model(weights).decode(jnp.pad(ids_BKT, absent, constant_values=-1))
 
   def resynthesis(weights: dict[str, jax.Array], ids_BKT: jax.Array) -> jax.Array:
-    return _model(config, weights).resynthesize(ids_BKT)
+    return model(weights).resynthesize(ids_BKT)
 
-  rows = [f'codebooks <= {config.num_codebooks}']
-  return ({'decode': decode, 'resynthesis': resynthesis}[graph],
-          jax.export.symbolic_shape('batch, codebooks, frames', constraints=rows), jnp.int32)
-
-
-def _model(config: ModelConfig, weights: dict[str, jax.Array]) -> SpeechTokenizer:
-  """The model around some of its weights; the others are shapes, and can't be computed with."""
-  params, codebooks = jax.tree_util.tree_map_with_path(
-      lambda path, leaf: weights.get(_name(path), leaf), abstract_tokenizer(config)[1:])
-  return merge_tokenizer(config, params, codebooks)
+  shape = jax.export.symbolic_shape('batch, codebooks, frames', constraints=[f'codebooks <= {config.num_codebooks}'])
+  return {'decode': decode, 'resynthesis': resynthesis}[graph], jax.ShapeDtypeStruct(shape, jnp.int32)
 
 
 def _name(path: tuple[Any, ...]) -> str:

@@ -19,6 +19,9 @@ from jaxtyping import Array, Float, Int
 from lmspt_jax.config import QuantizerConfig
 from lmspt_jax.models.layers import PRECISION, Conv1d
 
+# Codes that may be nearest but for rounding; frames of silence have that many that are nearly the same.
+CANDIDATES = 3
+
 
 class CodebookState(nnx.Variable):
   """What training knows of a codebook and gradients don't: usage counts and moving averages. Never a parameter."""
@@ -49,10 +52,30 @@ def l2_normalise(x: Array) -> Array:
   return x / jnp.sqrt(jnp.maximum(square, 1e-24))
 
 
-def nearest_codes(latents_BTD: Float[Array, '*B D'], codebook_SD: Float[Array, 'S D']) -> Int[Array, '*B']:
-  """The code of largest cosine similarity; ties go to the lowest index."""
-  similarity = jnp.einsum('...d,sd->...s', l2_normalise(latents_BTD), l2_normalise(codebook_SD), precision=PRECISION)
-  return jnp.argmax(similarity, axis=-1).astype(jnp.int32)
+def nearest_codes(latents_BTD: Float[Array, '*B D'], directions_SD: Float[Array, 'S D']) -> Int[Array, '*B']:
+  """The code of largest cosine similarity; of equal ones the first.
+
+  Training brings codes closer together than float32 tells similarities near 1 apart, and then any change in rounding
+  (another backend, an exported graph) would change the code. So the most similar ones are compared once more, by what
+  they differ in, which float32 tells apart as well as anything.
+
+  Args:
+    directions_SD: the codes, of length 1.
+  """
+  latents_BTD, directions_SD = jax.lax.stop_gradient((latents_BTD, directions_SD))
+  similarity = jnp.einsum('...d,sd->...s', l2_normalise(latents_BTD), directions_SD, precision=PRECISION)
+  found = []
+  for _ in range(min(CANDIDATES, len(directions_SD))):
+    found.append(jnp.argmax(similarity, axis=-1))
+    taken = jnp.arange(similarity.shape[-1]) == found[-1][..., None]
+    similarity = jnp.where(taken, -jnp.inf, similarity)
+  codes_BTN = jnp.stack(found, axis=-1)  # N candidates
+  candidates_BTND = jnp.take(directions_SD, codes_BTN, axis=0)
+  gains_BTN = jnp.sum(latents_BTD[..., None, :] * (candidates_BTND - candidates_BTND[..., :1, :]), axis=-1)
+  best_BT1 = jnp.argmax(gains_BTN, axis=-1, keepdims=True)
+  # A compiler may make something else than 0 of the difference of equal codes.
+  equal_BTN = jnp.all(candidates_BTND == jnp.take_along_axis(candidates_BTND, best_BT1[..., None], axis=-2), axis=-1)
+  return jnp.min(jnp.where(equal_BTN, codes_BTN, len(directions_SD)), axis=-1).astype(jnp.int32)
 
 
 def straight_through(z_e: Array, z_q: Array) -> Array:
@@ -61,7 +84,10 @@ def straight_through(z_e: Array, z_q: Array) -> Array:
 
 
 class VectorQuantizer(nnx.Module):
-  """One factorised codebook: project to D, nearest code by cosine, the code itself (not normalised), project back."""
+  """One factorised codebook: project to D, nearest code by cosine, the code itself (not normalised), project back.
+
+  `directions` [S, D] are the codes at length 1, in a folded model (`folding`); None where they change, in training.
+  """
 
   def __init__(self, latent_dim: int, config: QuantizerConfig, *, rngs: nnx.Rngs):
     self.in_proj = Conv1d(latent_dim, config.dim, 1, rngs=rngs)
@@ -69,6 +95,7 @@ class VectorQuantizer(nnx.Module):
     table_SD = jax.random.normal(rngs.params(), (config.size, config.dim), jnp.float32)  # as torch.nn.Embedding
     self.learnt_by_gradient = config.kind == 'vq'
     self.codebook = nnx.Param(table_SD) if self.learnt_by_gradient else CodebookState(table_SD)
+    self.directions = nnx.data(None)
     # How often each code is drawn, 1 being a fair share; it decides which codes are dead.
     self.counts = CodebookState(jnp.ones((config.size,), jnp.float32))
     if not self.learnt_by_gradient:  # a code is sums / mass, both moving averages over steps
@@ -82,7 +109,8 @@ class VectorQuantizer(nnx.Module):
   def __call__(self, z_BTC: Float[Array, 'B T C']) -> tuple[Array, Array, Array, Array, Array]:
     """Returns quantized [B, T, C], codes [B, T], latents [B, T, D], and per-item losses commitment, codebook [B]."""
     z_e = self.in_proj(z_BTC)
-    codes_BT = nearest_codes(z_e, self.codebook[...])
+    directions_SD = l2_normalise(self.codebook[...]) if self.directions is None else self.directions[...]
+    codes_BT = nearest_codes(z_e, directions_SD)
     z_q = jnp.take(self.codebook[...], codes_BT, axis=0)
     commitment_B = jnp.mean(jnp.square(z_e - jax.lax.stop_gradient(z_q)), axis=(1, 2))
     if self.learnt_by_gradient:

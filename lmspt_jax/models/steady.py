@@ -35,7 +35,8 @@ def steady_product(x_BTC: Array, kernel_CO: Array, precision: jax.lax.Precision)
 def _product_on_cpu(x_BTC: Array, kernel_CO: Array, precision: jax.lax.Precision) -> Array:
   (batch, steps, channels), outputs = x_BTC.shape, kernel_CO.shape[1]
   rows = 2 if channels >= _LONG and outputs % _WHOLE == 0 else _ROWS
-  x_BTC = jnp.pad(x_BTC, ((0, 0), (0, max(0, -(-rows // batch) - steps)), (0, 0)))
+  missing = jax.core.max_dim(0, -(-rows // batch) - steps)  # of an exported graph, sizes are symbols
+  x_BTC = jnp.pad(x_BTC, ((0, 0), (0, missing), (0, 0)))
   return jnp.einsum('btc,co->bto', x_BTC, kernel_CO, precision=precision)[:, :steps]
 
 

@@ -19,7 +19,7 @@ from flax import struct
 from jaxtyping import Array, Float, Int
 
 from lmspt_jax.config import ModelConfig, QuantizerConfig, QuirksConfig
-from lmspt_jax.models.quantizers import nearest_codes
+from lmspt_jax.models.quantizers import l2_normalise, nearest_codes
 
 PARTS = {'semantic': 'semantic_quantizer', 'acoustic': 'acoustic_quantizer'}
 
@@ -77,7 +77,7 @@ def kmeans(key: Array, points_PD: Float[Array, 'P D'], size: int, iterations: in
     return start_SD
 
   def lloyd(_, centroids_SD):
-    codes_P = nearest_codes(points_PD, centroids_SD)
+    codes_P = nearest_codes(points_PD, l2_normalise(centroids_SD))
     counts_S = jnp.zeros((size,)).at[codes_P].add(1.0)
     sums_SD = jnp.zeros_like(centroids_SD).at[codes_P].add(points_PD)
     return jnp.where(counts_S[:, None] > 0, sums_SD / jnp.maximum(counts_S, 1)[:, None], centroids_SD)
