@@ -108,25 +108,26 @@ def _margins(tokenizer: Any, speech: list[np.ndarray]) -> list[np.ndarray]:
   from lmspt_jax.models.layers import PRECISION
   from lmspt_jax.models.quantizers import l2_normalise
 
-  def margins(weights, audio_BTV, frames_B):
+  def margins(weights, audio_BTV, inside):
     model = nnx.merge(tokenizer._folded[0], *weights)
-    outputs = model._quantize(audio_BTV.reshape(len(audio_BTV), -1), frames_B, None, False)
+    outputs = model._quantize(audio_BTV.reshape(len(audio_BTV), -1), inside, None, False)
     found = []
     for stack, output in zip((model.semantic_quantizer, model.acoustic_quantizer), outputs, strict=True):
       for k, quantizer in enumerate(stack.quantizers):
-        similarity = jnp.einsum('btd,sd->bts', l2_normalise(output.latents[:, :, k]),
-                                l2_normalise(quantizer.codebook[...]), precision=PRECISION)
+        similarity = jnp.einsum('btd,sd->bts', l2_normalise(output.latents[:, :, k]), quantizer.directions[...],
+                                precision=PRECISION)
         best = jax.lax.top_k(similarity, 2)[0]
         found.append(best[..., 0] - best[..., 1])
     return jnp.stack(found, axis=-1)
 
-  program = WindowedProgram(margins, tokenizer._weights, tokenizer._program('encode').reach, rows=1, streams=1,
+  encode = tokenizer._program('encode')
+  program = WindowedProgram(margins, tokenizer._weights, encode.reach, encode.gap, rows=1, streams=1,
                             devices=jax.local_devices()[:1])
-  found: list[list[np.ndarray]] = [[] for _ in speech]
+  found: list[dict[int, np.ndarray]] = [{} for _ in speech]
   hop = tokenizer.hop
-  for item, _, part in program([np.pad(audio, (0, -len(audio) % hop)).reshape(-1, hop)] for audio in speech):
-    found[item].append(part)
-  return [np.concatenate(parts).T for parts in found]
+  for item, start, part in program([np.pad(audio, (0, -len(audio) % hop)).reshape(-1, hop)] for audio in speech):
+    found[item][start] = part
+  return [np.concatenate([part for _, part in sorted(parts.items())]).T for parts in found]
 
 
 def _by_process(name: str, weights: Path) -> None:

@@ -22,10 +22,21 @@ from lmspt_jax import Tokenizer
 from lmspt_jax.cli import main as cli
 from lmspt_jax.config import ModelConfig, QuantizerConfig
 from lmspt_jax.data.audio_io import mono_blocks, read_audio, to_mono_at
+from lmspt_jax.inference import windows
 from lmspt_jax.inference.codes import read_codes
-from lmspt_jax.inference.windows import WindowedProgram, cut, window_sizes
+from lmspt_jax.inference.windows import WindowedProgram, cut, rows
 from lmspt_jax.models.folding import folded_tokenizer
-from lmspt_jax.models.reach import Reach, decoder_reach, encoder_reach, encoder_samples, resynthesis_reach
+from lmspt_jax.models.inside import Inside
+from lmspt_jax.models.reach import (
+  Reach,
+  decoder_gap,
+  decoder_reach,
+  encoder_gap,
+  encoder_reach,
+  encoder_samples,
+  resynthesis_gap,
+  resynthesis_reach,
+)
 from lmspt_jax.models.tokenizer import abstract_tokenizer, merge_tokenizer
 
 # Few layers, for compilation's sake, but an odd rate, and sums long enough for XLA:CPU to share among threads.
@@ -35,9 +46,16 @@ MODEL = ModelConfig(
     semantic=QuantizerConfig(codebook_size=256), acoustic=QuantizerConfig(num_codebooks=2, codebook_size=64))
 CAUSAL = dataclasses.replace(MODEL, causal=True)
 RATE, HOP = MODEL.sample_rate, MODEL.hop
-LARGEST = window_sizes(encoder_reach(MODEL))[-1]
+LARGEST = 64  # frames of the largest windows here, so that little speech fills many
 # Of the recordings: in the smallest window, in the largest, in several, and around where another one begins.
 FRAMES = (1, 5, 16, 17, 40, 64, 65, 90, 121, 122, 123, 180, 181, 33, 300, 12)
+
+
+@pytest.fixture(scope='module', autouse=True)
+def _small_windows():
+  with pytest.MonkeyPatch.context() as patch:
+    patch.setattr(windows, 'LEAST_LARGEST', LARGEST)
+    yield
 
 
 @pytest.fixture(scope='module')
@@ -106,6 +124,20 @@ def test_any_row_of_a_program(rows_of_two, recordings, alone):
     np.testing.assert_array_equal(one.ids, alone[0][i].ids)
 
 
+def test_any_windows(tokenizer, recordings, alone, monkeypatch):
+  """Windows as they are by default, so that all is in other places; and many recordings in one row of a program."""
+  monkeypatch.undo()
+  other = Tokenizer(tokenizer.model)
+  monkeypatch.setattr(windows, 'LEAST_LARGEST', 4 * LARGEST)
+  assert other._program('encode').sizes[-1] == other._program('decode').sizes[-1] == 4 * LARGEST
+  packed = []
+  rows_of = windows.rows
+  monkeypatch.setattr(windows, 'rows', lambda *given: (packed.append(len(row[1])) or row for row in rows_of(*given)))
+  codes = other.encode(recordings, sample_rate=RATE)
+  assert max(packed) >= 4
+  assert digest(codes, other.decode(codes)) == digest(*alone)
+
+
 def test_codes_are_those_of_the_whole(tokenizer, recordings, alone):
   """The module on each whole recording, compiled for its length."""
   model = merge_tokenizer(MODEL, tokenizer.params, tokenizer.codebooks)
@@ -126,11 +158,12 @@ def test_an_end_in_a_window_is_an_end(causal, recordings):
   model = merge_tokenizer(config, params, codebooks)
   stirred = jax.tree.map(lambda x: x + 0.1, nnx.state(model, nnx.PathContains('bias')))  # what follows an end is not 0
   nnx.update(model, stirred)
-  encode = jax.jit(lambda x, n=None: model.semantic_encoder(x, None if n is None else n * HOP))
+  inside = lambda n: Inside((np.arange(20) < n).astype(np.int32)[None], gap=1)
+  encode = jax.jit(lambda x, n=None: model.semantic_encoder(x, n and dataclasses.replace(n, steps=HOP)))
   audio = recordings[14][None, :20 * HOP]
   beyond = audio.copy()
   beyond[:, 11 * HOP:] = 9.0
-  whole, n = encode(audio[:, :11 * HOP]), np.array([11])
+  whole, n = encode(audio[:, :11 * HOP]), inside(11)
   np.testing.assert_allclose(encode(beyond, n)[:, :11], whole, atol=1e-5)
   z = np.random.default_rng(0).normal(size=(1, 20, config.latent_dim)).astype(np.float32)
   for decoder, wanted in ((model.decoder, lambda z, n: model._main(z, n)),
@@ -140,6 +173,44 @@ def test_an_end_in_a_window_is_an_end(causal, recordings):
     long = np.asarray(run(z, n))
     np.testing.assert_allclose(long[:, :short.shape[1]], short, atol=1e-5)
     assert not long[:, short.shape[1]:].any() and np.abs(short).max() > 0.01, type(decoder)
+
+
+# Some layers see farther than a gap and are evaluated tap by tap: those of 128 channels and two steps a frame.
+FAR = dataclasses.replace(MODEL, encoder_channels=32, encoder_strides=(30, 8, 2), decoder_channels=256,
+                          decoder_rates=(2, 15, 16), resynthesis_channels=32, resynthesis_rates=(8, 5, 8),
+                          dilations=(1, 9))
+
+
+@pytest.mark.parametrize('causal', [False, True])
+def test_neighbours_in_a_row(causal):
+  """Recordings with no more than gaps between them, and what was in the gaps not 0: bit for bit as alone."""
+  config = dataclasses.replace(FAR, causal=causal)
+  graphdef, params, codebooks = folded_tokenizer(config, *random_weights(abstract_tokenizer(config)[1:]))
+  params = jax.tree.map(lambda x: x + 0.05 if x.ndim == 1 else x, params)  # biases
+  model = nnx.merge(graphdef, params, codebooks)
+  lengths, size = (9, 1, 14, 5), 64
+  generator = np.random.default_rng(0)
+  for gap, width, function in (
+      (encoder_gap(config), config.hop, lambda x, inside: model.semantic_encoder(
+          x.reshape(1, -1), dataclasses.replace(inside, steps=config.hop))),
+      (decoder_gap(config), config.latent_dim, lambda x, inside: model._main(x, inside).reshape(1, size, -1)),
+      (resynthesis_gap(config), config.latent_dim, lambda x, inside: model._auxiliary(x, inside).reshape(1, size, -1))):
+    assert 1 <= gap < 10 and gap * 2 < 9 * (6 if causal else 3), 'some layer sees farther'
+    function = jax.jit(function)
+    items = [generator.normal(size=(length, width)).astype(np.float32) for length in lengths]
+    together_TW, numbers_T = np.full((1, size, width), 9, np.float32), np.zeros((1, size), np.int32)
+    places, first = [], 0
+    for number, item in enumerate(items, 1):
+      places.append(slice(first, first + len(item)))
+      together_TW[0, places[-1]], numbers_T[0, places[-1]] = item, number
+      first += len(item) + gap
+    found = np.asarray(function(together_TW, Inside(numbers_T, gap)))[0]
+    for item, place in zip(items, places, strict=True):
+      alone_TW, number_T = np.zeros((1, size, width), np.float32), np.zeros((1, size), np.int32)
+      alone_TW[0, :len(item)], number_T[0, :len(item)] = item, 1
+      wanted = np.asarray(function(alone_TW, Inside(number_T, gap)))[0, :len(item)]
+      assert np.std(wanted) > 1e-3
+      np.testing.assert_array_equal(found[place], wanted)
 
 
 @pytest.mark.parametrize('config', [MODEL, CAUSAL], ids=['non-causal', 'causal'])
@@ -169,18 +240,18 @@ def test_windows_cover_and_see_enough(frames):
   each core's frames is in its window."""
   reach, sizes = Reach(3, 2), (16, 32, 64)
   item = np.arange(frames)[:, None]
-  windows = list(cut(5, [item], sizes, reach))
+  found = list(cut(5, [item], sizes[-1], reach))
   for lengths in ([1] * frames, [frames - 1, 1], [7] * (frames // 7 + 1)):
     blocks = np.split(item, np.cumsum(lengths))
-    for one, other in zip(windows, cut(5, blocks, sizes, reach), strict=True):
+    for one, other in zip(found, cut(5, blocks, sizes[-1], reach), strict=True):
       np.testing.assert_array_equal(one.frames_TW, other.frames_TW)
-      assert (one.size, one.position, one.core) == (other.size, other.position, other.core)
+      assert (one.position, one.core) == (other.position, other.core)
   done = 0
-  for window in windows:
+  for window in found:
     here = item[window.position:window.position + len(window.frames_TW)]
     np.testing.assert_array_equal(window.frames_TW, here)
     first, last = (window.position + at for at in window.core)
-    assert window.item == 5 and first == done and window.size in sizes
+    assert window.item == 5 and first == done and len(window) <= sizes[-1]
     assert window.position in (0, *range(first - reach.left + 1)), 'a core sees to its left'
     end = window.position + len(here)
     assert end == frames or end >= last + reach.right, 'and to its right'
@@ -237,7 +308,9 @@ jax.config.update('jax_num_cpu_devices', devices)
 import numpy as np
 from lmspt_jax import Tokenizer
 sys.path.insert(0, folder)
-from test_same_tokens import RATE, digest
+from test_same_tokens import LARGEST, RATE, digest
+from lmspt_jax.inference import windows
+windows.LEAST_LARGEST = LARGEST
 tokenizer = Tokenizer.from_pretrained(model)
 with np.load(sys.argv[4]) as archive:
   recordings = [archive[name] for name in archive]
@@ -271,14 +344,15 @@ def test_folding_keeps_the_model(tokenizer, recordings):
 
 
 def test_rows_are_filled_and_flushed():
-  """Several windows in a call: sizes do not mix, nothing is lost, and an item's frames come in order."""
+  """Several windows in a row and rows in a call: nothing is lost or mixed, and an item's frames come in order."""
   calls = []
 
-  def double(weights, frames_BTW, frames_B):
+  def double(weights, frames_BTW, inside):
     calls.append(frames_BTW.shape)
-    return 2 * frames_BTW
+    return jnp.where(inside.items_BT[..., None] > 0, 2 * frames_BTW, jnp.nan)
 
-  program = WindowedProgram(double, lambda device: (), Reach(2, 2), rows=2, streams=2, devices=jax.local_devices()[:1])
+  program = WindowedProgram(double, lambda device: (), Reach(2, 2), 3, rows=2, streams=2,
+                            devices=jax.local_devices()[:1])
   items = [np.arange(n, dtype=np.float32)[:, None] + 1000 * n for n in (3, 200, 64, 30, 5)]
   found = [np.zeros_like(item) for item in items]
   for number, start, frames in program([item] for item in items):
@@ -286,4 +360,29 @@ def test_rows_are_filled_and_flushed():
     found[number][start:start + len(frames)] = frames
   for item, twice in zip(items, found, strict=True):
     np.testing.assert_array_equal(twice, 2 * item)
-  assert set(calls) == {(8, 16, 1), (4, 32, 1), (2, 64, 1)}
+  assert set(calls) == {(8, 16, 1), (2, 64, 1)}  # 3, 30 and 20 frames in one row of 64; 5 in one of 16
+  starts = [start for _, start, _ in program([[items[1]]])]
+  assert starts == sorted(starts) and len(starts) == 4
+
+
+@pytest.mark.parametrize('seed', range(3))
+def test_rows_waste_little(seed):
+  """Lengths as recordings have them: gaps and what is left over are a tenth of the frames at most."""
+  generator, sizes = np.random.default_rng(seed), (16, 32, 64, 128, 256)
+  lengths = np.clip(generator.lognormal(4, 0.6, 2000).astype(int), 1, 256)
+  windows_ = (windows.Window(n, np.zeros((length, 1)), 0, (0, length)) for n, length in enumerate(lengths))
+  done, evaluated = [], 0
+  for size, row in rows(windows_, sizes, 4):
+    assert sum(map(len, row)) + 4 * (len(row) - 1) <= size
+    done += [window.item for window in row]
+    evaluated += size
+  assert sorted(done) == list(range(2000)) and evaluated < 1.12 * lengths.sum()
+
+
+def test_few_windows_are_not_put_together_at_a_loss():
+  sizes = (16, 32, 64, 128, 256)
+  made = lambda *lengths: [(size, [len(window) for window in row]) for size, row in rows(
+      (windows.Window(n, np.zeros((length, 1)), 0, (0, length)) for n, length in enumerate(lengths)), sizes, 2)]
+  assert made(60, 60, 60) == [(64, [60]), (64, [60]), (64, [60])]  # together they would take 256
+  assert made(60, 30, 30, 1) == [(128, [60, 30, 30, 1])]
+  assert made(44, 256) == [(256, [256]), (64, [44])]

@@ -24,8 +24,9 @@ from lmspt_jax.inference.codes import Codes
 from lmspt_jax.inference.streaming import DecodingState, EncodingState, StreamedProgram, check_state
 from lmspt_jax.inference.windows import WindowedProgram
 from lmspt_jax.models.folding import folded_tokenizer
+from lmspt_jax.models.inside import Inside
 from lmspt_jax.models.past import Past
-from lmspt_jax.models.reach import decoder_reach, encoder_reach, resynthesis_reach
+from lmspt_jax.models.reach import REACH_AND_GAP
 from lmspt_jax.pretrained.loading import load
 from lmspt_jax.pretrained.model import TrainedModel
 
@@ -362,13 +363,13 @@ class Tokenizer:
 
   def _make_program(self, method: str) -> WindowedProgram:
     """One of the model's methods: samples [n, hop] to codes [n, K], or codes to samples [n, V]."""
-    devices, function = jax.local_devices(), self._function(method)
-    reach = {'encode': encoder_reach, 'decode': decoder_reach, 'resynthesize': resynthesis_reach}[method]
+    devices = jax.local_devices()
+    reach, gap = (function(self.config.model) for function in REACH_AND_GAP[method])
     if devices[0].platform == 'cpu':
       rows, streams = _ROWS_ON_CPU, min(_MOST_STREAMS_ON_CPU, os.cpu_count() or 1)
     else:
       rows, streams = _ROWS, _STREAMS * len(devices)
-    return WindowedProgram(function, self._weights, reach(self.config.model), rows=rows, streams=streams,
+    return WindowedProgram(self._function(method), self._weights, reach, gap, rows=rows, streams=streams,
                            devices=devices)
 
   def _make_stream(self, method: str) -> StreamedProgram:
@@ -382,15 +383,15 @@ class Tokenizer:
                            self._weights(jax.local_devices()[0]), frame_W)
 
   def _function(self, method: str) -> Callable[..., jax.Array]:
-    """(weights, frames_BTW, number of frames [B], past) -> frames_BTV."""
+    """(weights, frames_BTW, which are of which recording, past) -> frames_BTV."""
     graphdef = self._folded[0]
 
-    def encode(weights: Any, audio_BTV: jax.Array, frames_B: jax.Array | None, past: Past | None = None) -> jax.Array:
+    def encode(weights: Any, audio_BTV: jax.Array, inside: Inside | None, past: Past | None = None) -> jax.Array:
       model = nnx.merge(graphdef, *weights)
-      return model.encode(audio_BTV.reshape(len(audio_BTV), -1), frames_B, past).transpose(0, 2, 1)
+      return model.encode(audio_BTV.reshape(len(audio_BTV), -1), inside, past).transpose(0, 2, 1)
 
-    def decode(weights: Any, codes_BTK: jax.Array, frames_B: jax.Array | None, past: Past | None = None) -> jax.Array:
-      audio_BN = getattr(nnx.merge(graphdef, *weights), method)(codes_BTK.transpose(0, 2, 1), frames_B, past)
+    def decode(weights: Any, codes_BTK: jax.Array, inside: Inside | None, past: Past | None = None) -> jax.Array:
+      audio_BN = getattr(nnx.merge(graphdef, *weights), method)(codes_BTK.transpose(0, 2, 1), inside, past)
       return audio_BN.reshape(*codes_BTK.shape[:2], -1)
 
     return encode if method == 'encode' else decode

@@ -5,8 +5,8 @@ padding, as in the LM-SPT release.
 
 `dtype` is that of activations. Audio comes in and goes out, and latents go out, in float32: the convolutions there
 work in it. `remat` says what is recomputed in the backward pass: 'none', 'unit' (residual units) or 'block'.
-`steps_B`, here in samples for encoders and in frames for decoders, says where items end (`layers`); without it, all end
-with the array. `past` makes the array a piece of a recording, in whole frames; of causal networks alone. How far an
+`inside`, of samples for encoders and of frames for decoders, says where recordings are that do not fill the array
+(`inside`). `past` makes the array a piece of a recording, in whole frames; of causal networks alone. How far an
 output sees is in `reach`.
 """
 
@@ -15,9 +15,10 @@ from __future__ import annotations
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike as DType
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
-from lmspt_jax.models.layers import Conv1d, ResidualUnit, Snake, Upsample1d, recomputed, until
+from lmspt_jax.models.inside import Inside
+from lmspt_jax.models.layers import Conv1d, ResidualUnit, Snake, Upsample1d, masked, recomputed
 from lmspt_jax.models.past import Past
 
 
@@ -32,11 +33,11 @@ class EncoderBlock(nnx.Module):
                        dtype=dtype, rngs=rngs)
     self.remat = remat
 
-  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None,
+  def __call__(self, x_BTC: Float[Array, 'B T C'], inside: Inside | None = None,
                past: Past | None = None) -> Float[Array, 'B S O']:
     for unit in self.units:
-      x_BTC = recomputed(unit, self.remat == 'unit')(x_BTC, steps_B, past)
-    return self.conv(self.snake(x_BTC), steps_B, past)
+      x_BTC = recomputed(unit, self.remat == 'unit')(x_BTC, inside, past)
+    return self.conv(self.snake(x_BTC), inside, past)
 
 
 class Encoder(nnx.Module):
@@ -65,15 +66,15 @@ class Encoder(nnx.Module):
     self.conv_out = Conv1d(channels, latent_dim, 3, padding=1, causal=causal, rngs=rngs)
     self.dtype, self.remat = dtype, remat
 
-  def __call__(self, audio_BN: Float[Array, 'B N'], steps_B: Int[Array, 'B'] | None = None,
+  def __call__(self, audio_BN: Float[Array, 'B N'], inside: Inside | None = None,
                past: Past | None = None) -> Float[Array, 'B T C']:
-    """N, and so every item's end, must be a multiple of the hop, else PyTorch's arithmetic drops the tail; the callers
+    """N, and every recording's end, must be a multiple of the hop, else PyTorch's arithmetic drops the tail; callers
     pad."""
-    x_BTC = self.conv_in(audio_BN[:, :, None], steps_B, past).astype(self.dtype)
+    x_BTC = self.conv_in(audio_BN[:, :, None], inside, past).astype(self.dtype)
     for block in self.blocks:
-      x_BTC = recomputed(block, self.remat == 'block')(x_BTC, steps_B, past)
-      steps_B = block.conv.steps_after(steps_B)
-    return self.conv_out(self.snake_out(x_BTC), steps_B, past)
+      x_BTC = recomputed(block, self.remat == 'block')(x_BTC, inside, past)
+      inside = block.conv.after(inside)
+    return self.conv_out(self.snake_out(x_BTC), inside, past)
 
 
 class DecoderBlock(nnx.Module):
@@ -86,12 +87,12 @@ class DecoderBlock(nnx.Module):
     self.units = nnx.List([ResidualUnit(out_channels, d, causal=causal, dtype=dtype, rngs=rngs) for d in dilations])
     self.remat = remat
 
-  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None,
+  def __call__(self, x_BTC: Float[Array, 'B T C'], inside: Inside | None = None,
                past: Past | None = None) -> Float[Array, 'B S O']:
-    x_BTC = self.upsample(self.snake(x_BTC), steps_B, past)
-    steps_B = self.upsample.steps_after(steps_B)
+    x_BTC = self.upsample(self.snake(x_BTC), inside, past)
+    inside = self.upsample.after(inside)
     for unit in self.units:
-      x_BTC = recomputed(unit, self.remat == 'unit')(x_BTC, steps_B, past)
+      x_BTC = recomputed(unit, self.remat == 'unit')(x_BTC, inside, past)
     return x_BTC
 
 
@@ -121,11 +122,11 @@ class Decoder(nnx.Module):
     self.conv_out = Conv1d(channels, 1, 7, padding=3, causal=causal, rngs=rngs)
     self.remat = remat
 
-  def __call__(self, z_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None,
+  def __call__(self, z_BTC: Float[Array, 'B T C'], inside: Inside | None = None,
                past: Past | None = None) -> Float[Array, 'B N']:
-    """Samples past an item's end are 0."""
-    x_BTC = self.conv_in(z_BTC, steps_B, past)
+    """Samples outside of recordings are 0."""
+    x_BTC = self.conv_in(z_BTC, inside, past)
     for block in self.blocks:
-      x_BTC = recomputed(block, self.remat == 'block')(x_BTC, steps_B, past)
-      steps_B = block.upsample.steps_after(steps_B)
-    return until(jnp.tanh(self.conv_out(self.snake_out(x_BTC), steps_B, past))[:, :, 0], steps_B)
+      x_BTC = recomputed(block, self.remat == 'block')(x_BTC, inside, past)
+      inside = block.upsample.after(inside)
+    return masked(jnp.tanh(self.conv_out(self.snake_out(x_BTC), inside, past))[:, :, 0], inside)

@@ -13,9 +13,8 @@ Kernels start as PyTorch's convolutions do, uniform within 1/sqrt(fan in); biase
 
 `dtype` is that of activations; parameters are float32, and so are normalised kernels and Snake's arithmetic.
 
-`steps_B` says where each item of a batch ends if that is before the end of the array. A convolution with more than one
-tap reads zeros from there on, as it does past the end of an array, so that an item's steps do not depend on what
-follows it; what a layer returns past an item's end is arbitrary. `steps_after` of a layer is where its output ends.
+`inside` says where recordings are that do not fill the array (`inside`): a convolution with more than one tap reads
+zeros outside of the recording that a step is of. `after` of a layer is the same of its output.
 
 `past` says what was before the array where that is not zeros: the array is then a piece of a recording, in whole
 strides, and the layer must be causal.
@@ -31,10 +30,11 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 from jax.typing import DTypeLike as DType
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
+from lmspt_jax.models.inside import Inside
 from lmspt_jax.models.past import Past
-from lmspt_jax.models.steady import steady_convolution, steady_product
+from lmspt_jax.models.steady import parted_convolution, steady_convolution, steady_product
 
 # A TPU multiplies float32 in bfloat16 unless told otherwise, which would change which code is nearest.
 PRECISION = jax.lax.Precision.HIGHEST
@@ -45,12 +45,12 @@ def _uniform(key: Array, shape: tuple[int, ...], fan_in: int) -> Array:
   return jax.random.uniform(key, shape, jnp.float32, -bound, bound)
 
 
-def until(x_BTC: Array, steps_B: Int[Array, 'B'] | None) -> Array:
-  """x with zeros from each item's end on; x itself if no ends are given."""
-  if steps_B is None:
+def masked(x_BTC: Array, inside: Inside | None) -> Array:
+  """x [B, T] or [B, T, C] with zeros outside of recordings; x itself where they fill the array."""
+  if inside is None:
     return x_BTC
-  valid_BT = jnp.arange(x_BTC.shape[1]) < steps_B[:, None]
-  return jnp.where(valid_BT.reshape(*valid_BT.shape, *(1,) * (x_BTC.ndim - 2)), x_BTC, jnp.zeros((), x_BTC.dtype))
+  mask_BT = inside.mask(x_BTC.shape[1])
+  return jnp.where(mask_BT.reshape(*mask_BT.shape, *(1,) * (x_BTC.ndim - 2)), x_BTC, jnp.zeros((), x_BTC.dtype))
 
 
 def normalised_kernel(v_KIO: Array, g: Array, axis: int) -> Array:
@@ -123,11 +123,10 @@ class Conv1d(nnx.Module):
     self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
     self.padding, self.causal, self.dtype = padding, causal, dtype
 
-  def steps_after(self, steps: Any) -> Any:
-    """Steps that come of a whole number of strides."""
-    return None if steps is None else steps // self.stride
+  def after(self, inside: Inside | None) -> Inside | None:
+    return None if inside is None else inside.downsampled(self.stride)
 
-  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None,
+  def __call__(self, x_BTC: Float[Array, 'B T C'], inside: Inside | None = None,
                past: Past | None = None) -> Float[Array, 'B S O']:
     x_BTC = x_BTC.astype(self.dtype)
     kernel_KIO = _kernel(self).astype(self.dtype)
@@ -137,13 +136,17 @@ class Conv1d(nnx.Module):
       else:
         y_BSO = jnp.einsum('btc,co->bto', x_BTC, kernel_KIO[0], precision=PRECISION)
       return (y_BSO + self.bias[...]).astype(self.dtype)
-    x_BTC = until(x_BTC, steps_B)
+    x_BTC = masked(x_BTC, inside)
     padding = (self.padding, self.padding)
     if self.causal:
       reach = (self.kernel_size - 1) * self.dilation + 1
       padding = (reach - self.stride, -x_BTC.shape[1] % self.stride)
       if past is not None:
         x_BTC, padding = past.before(x_BTC, padding[0]), (0, 0)
+    if inside is not None and not inside.parts(padding[0]):
+      items_BT = inside.items(x_BTC.shape[1])
+      y_BSO = parted_convolution(x_BTC, items_BT, kernel_KIO, self.dilation, padding, PRECISION)
+      return (y_BSO + self.bias[...]).astype(self.dtype)
     if self.weight_g is None:
       y_BSO = steady_convolution(x_BTC, kernel_KIO, self.stride, self.dilation, padding, PRECISION)
       return (y_BSO + self.bias[...]).astype(self.dtype)
@@ -176,14 +179,13 @@ class Upsample1d(nnx.Module):
     """Steps that are cut off at the start and at the end."""
     return (0, self.rate) if self.causal else (-(-self.rate // 2),) * 2
 
-  def steps_after(self, steps: Any) -> Any:
-    """Steps that come of `steps`; of 0, none or fewer."""
-    return None if steps is None else (steps + 1) * self.rate - sum(self.trimmed)
+  def after(self, inside: Inside | None) -> Inside | None:
+    return None if inside is None else inside.upsampled(self.rate, sum(self.trimmed))
 
-  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None,
+  def __call__(self, x_BTC: Float[Array, 'B T C'], inside: Inside | None = None,
                past: Past | None = None) -> Float[Array, 'B S O']:
     kernel = _kernel(self).astype(self.dtype)
-    x_BTC, (start, stop) = until(x_BTC, steps_B).astype(self.dtype), self.trimmed
+    x_BTC, (start, stop) = masked(x_BTC, inside).astype(self.dtype), self.trimmed
     if past is not None:  # the step before, in whose place nothing new comes
       x_BTC, start = past.before(x_BTC, 1), start + self.rate
     y_BSO = (steady_upsampling if self.weight_g is None else transposed_convolution)(x_BTC, kernel, self.rate)
@@ -252,9 +254,9 @@ class ResidualUnit(nnx.Module):
     self.snake_out = Snake(channels)
     self.conv_out = Conv1d(channels, channels, 1, causal=causal, dtype=dtype, rngs=rngs)
 
-  def __call__(self, x_BTC: Float[Array, 'B T C'], steps_B: Int[Array, 'B'] | None = None,
+  def __call__(self, x_BTC: Float[Array, 'B T C'], inside: Inside | None = None,
                past: Past | None = None) -> Float[Array, 'B T C']:
-    return x_BTC + self.conv_out(self.snake_out(self.conv_in(self.snake_in(x_BTC), steps_B, past)))
+    return x_BTC + self.conv_out(self.snake_out(self.conv_in(self.snake_in(x_BTC), inside, past)))
 
 
 def fit_length(x_BN: Float[Array, 'B M'], num_samples: int) -> Float[Array, 'B N']:

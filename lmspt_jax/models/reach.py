@@ -10,6 +10,7 @@ import math
 from typing import NamedTuple
 
 from lmspt_jax.config import ModelConfig
+from lmspt_jax.models.steady import SLICED
 
 
 class Reach(NamedTuple):
@@ -54,6 +55,48 @@ def _decoder(config: ModelConfig, rates: tuple[int, ...]) -> Reach:
     first, last = (first + trimmed) // rate - 1, (last + trimmed) // rate
   first, last = _same(first, last, 7, 1, config.causal)
   return Reach(-first, last)
+
+
+def encoder_gap(config: ModelConfig) -> int:
+  """Frames between two recordings in one array, as `models.inside` has it.
+
+  A layer that sees farther is evaluated tap by tap, in the form in which wide layers are evaluated anyway; of the
+  others, whose form that would change, none sees farther.
+  """
+  found, steps, channels = [1], config.hop, config.encoder_channels
+  for stride in config.encoder_strides:
+    found.append(_gap(channels, 7, max(config.dilations), steps, config))
+    channels, steps = 2 * channels, steps // stride
+  return max(*found, _gap(channels, 3, 1, steps, config))
+
+
+def decoder_gap(config: ModelConfig) -> int:
+  """The same of codes that the main decoder makes speech of."""
+  return _decoder_gap(config, config.decoder_channels, config.decoder_rates)
+
+
+def resynthesis_gap(config: ModelConfig) -> int:
+  """The same of the auxiliary decoder."""
+  return _decoder_gap(config, config.resynthesis_channels, config.resynthesis_rates)
+
+
+# By method of the model: what its programs are made by.
+REACH_AND_GAP = {'encode': (encoder_reach, encoder_gap), 'decode': (decoder_reach, decoder_gap),
+                 'resynthesize': (resynthesis_reach, resynthesis_gap)}
+
+
+def _decoder_gap(config: ModelConfig, channels: int, rates: tuple[int, ...]) -> int:
+  found, steps = [1, _gap(config.latent_dim, 7, 1, 1, config)], 1
+  for rate in rates:
+    channels, steps = channels // 2, steps * rate
+    found.append(_gap(channels, 7, max(config.dilations), steps, config))
+  return max(found)
+
+
+def _gap(channels: int, taps: int, dilation: int, steps: int, config: ModelConfig) -> int:
+  """Frames of so many steps that a layer sees to one side; 0 of a wide one."""
+  width = (taps - 1) * dilation
+  return -(-(width if config.causal else width // 2) // steps) if channels <= SLICED else 0
 
 
 def _units(first: int, last: int, config: ModelConfig) -> tuple[int, int]:

@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jaxtyping import Array
 
 _SUM = 128  # products in one sum of a convolution; Eigen sums so many in one go wherever a core has 32 KiB of L1
-_SLICED = 96  # most channels whose convolution is cut into ones with short sums: faster than a product up to there
+SLICED = 96  # most channels whose convolution is cut into ones with short sums: faster than a product up to there
 _NARROW = 8  # fewer output channels than this: threads would share sums
 _ROWS = 64  # from so many rows on, a product's sums are cut as with any number of them
 _LONG, _WHOLE = 1024, 64  # long sums for a multiple of so many outputs are cut so from two rows on
@@ -53,13 +53,12 @@ def steady_convolution(x_BTC: Array, kernel_KIO: Array, stride: int, dilation: i
 
   def on_cpu(x: Array, kernel: Array) -> Array:
     taps, channels, outputs = kernel.shape
-    if outputs >= _NARROW and stride == 1 and channels <= _SLICED:
+    if outputs >= _NARROW and stride == 1 and channels <= SLICED:
       width = max(1, _SUM // taps)
       parts = [slice(start, start + width) for start in range(0, channels, width)]
       return sum((convolution(x[..., part], kernel[:, part]) for part in parts[1:]),
                  convolution(x[..., parts[0]], kernel[:, parts[0]]))
-    steps = (x.shape[1] + sum(padding) - (taps - 1) * dilation - 1) // stride + 1
-    seen = [slice(tap * dilation, tap * dilation + (steps - 1) * stride + 1, stride) for tap in range(taps)]
+    seen = _seen(x.shape[1], taps, stride, dilation, padding)
     x = jnp.pad(x, ((0, 0), padding, (0, 0)))
     if outputs < _NARROW:  # every tap's products of every step, then the sum over taps
       y = _product_on_cpu(x, kernel.transpose(1, 0, 2).reshape(channels, taps * outputs), precision)
@@ -68,3 +67,24 @@ def steady_convolution(x_BTC: Array, kernel_KIO: Array, stride: int, dilation: i
     return _product_on_cpu(windows, kernel.reshape(taps * channels, outputs), precision)
 
   return jax.lax.platform_dependent(x_BTC, kernel_KIO, cpu=on_cpu, default=convolution)
+
+
+def parted_convolution(x_BTC: Array, items_BT: Array, kernel_KIO: Array, dilation: int, padding: tuple[int, int],
+                       precision: jax.lax.Precision) -> Array:
+  """`steady_convolution` of stride 1 in which a step sees those with its own number in `items_BT`, and zeros else.
+
+  Args:
+    padding: that keeps the number of steps; a step's own tap is the one that sees it.
+  """
+  taps, channels, outputs = kernel_KIO.shape
+  seen = _seen(x_BTC.shape[1], taps, 1, dilation, padding)
+  x_BTC = jnp.pad(x_BTC, ((0, 0), padding, (0, 0)))
+  others_BT = jnp.pad(items_BT, ((0, 0), padding))
+  windows = [jnp.where((others_BT[:, one] == items_BT)[..., None], x_BTC[:, one], 0) for one in seen]
+  return steady_product(jnp.concatenate(windows, axis=-1), kernel_KIO.reshape(taps * channels, outputs), precision)
+
+
+def _seen(steps: int, taps: int, stride: int, dilation: int, padding: tuple[int, int]) -> list[slice]:
+  """Of a padded array the steps that each tap sees."""
+  out = (steps + sum(padding) - (taps - 1) * dilation - 1) // stride + 1
+  return [slice(tap * dilation, tap * dilation + (out - 1) * stride + 1, stride) for tap in range(taps)]

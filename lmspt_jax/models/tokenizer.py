@@ -2,14 +2,15 @@
 
 Axes: B batch, N samples, M samples at the resynthesis rate, T frames, C latent channels, K codebooks.
 
-Where items are shorter than the array, `frames_B` gives their numbers of frames: what an item's frames become is then
-what they would become in an array that ends there. Codes past that are arbitrary, samples are 0.
+Where recordings do not fill the array, `inside` says which frames are whose: what a recording's frames become is then
+what they would become in an array of them alone. Codes of other frames are arbitrary, samples are 0.
 
 Where an array is a piece of a recording that goes on, `past` is what the pieces before left behind (causal models).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 
 import jax
@@ -19,6 +20,7 @@ from jaxtyping import Array, Float, Int
 
 from lmspt_jax.config import FLOAT32, ComputeConfig, ModelConfig
 from lmspt_jax.models.codec import Decoder, Encoder
+from lmspt_jax.models.inside import Inside
 from lmspt_jax.models.layers import fit_length
 from lmspt_jax.models.past import Past
 from lmspt_jax.models.quantizers import CodebookState, QuantizerOutput, ResidualQuantizer
@@ -78,52 +80,53 @@ class SpeechTokenizer(nnx.Module):
         audio=self._main(semantic.quantized + acoustic.quantized),
         resynthesis=self._auxiliary(semantic.quantized), semantic=semantic, acoustic=acoustic)
 
-  def encode(self, audio_BN: Float[Array, 'B N'], frames_B: Int[Array, 'B'] | None = None,
+  def encode(self, audio_BN: Float[Array, 'B N'], inside: Inside | None = None,
              past: Past | None = None) -> Int[Array, 'B K T']:
     """Waveform to codes, semantic first; N a multiple of the hop, T = N / hop."""
-    semantic, acoustic = self._quantize(audio_BN, frames_B, None, False, past)
+    semantic, acoustic = self._quantize(audio_BN, inside, None, False, past)
     return jnp.concatenate([semantic.codes, acoustic.codes], axis=-1).transpose(0, 2, 1)
 
-  def decode(self, codes_BKT: Int[Array, 'B K T'], frames_B: Int[Array, 'B'] | None = None,
+  def decode(self, codes_BKT: Int[Array, 'B K T'], inside: Inside | None = None,
              past: Past | None = None) -> Float[Array, 'B N']:
     """All codebooks (or the first K) to speech, N = T * hop. A negative code adds nothing."""
     codes_BTK = codes_BKT.transpose(0, 2, 1)
     z_BTC = self.semantic_quantizer.lookup(codes_BTK[..., :1])
     if codes_BTK.shape[-1] > 1:
       z_BTC = z_BTC + self.acoustic_quantizer.lookup(codes_BTK[..., 1:])
-    return self._main(z_BTC, frames_B, past)
+    return self._main(z_BTC, inside, past)
 
   def decode_semantic(self, codes_BKT: Int[Array, 'B K T']) -> Float[Array, 'B N']:
     """The semantic codebook alone through the main decoder."""
     return self.decode(codes_BKT[:, :1])
 
-  def resynthesize(self, codes_BKT: Int[Array, 'B K T'], frames_B: Int[Array, 'B'] | None = None,
+  def resynthesize(self, codes_BKT: Int[Array, 'B K T'], inside: Inside | None = None,
                    past: Past | None = None) -> Float[Array, 'B M']:
     """The semantic codebook alone through the auxiliary decoder, at `resynthesis_sample_rate`."""
-    return self._auxiliary(self.semantic_quantizer.lookup(codes_BKT[:, :1].transpose(0, 2, 1)), frames_B, past)
+    return self._auxiliary(self.semantic_quantizer.lookup(codes_BKT[:, :1].transpose(0, 2, 1)), inside, past)
 
-  def _quantize(self, audio_BN: Array, frames_B: Array | None, active_B: Array | None,
+  def _quantize(self, audio_BN: Array, inside: Inside | None, active_B: Array | None,
                 attached: bool, past: Past | None = None) -> tuple[QuantizerOutput, QuantizerOutput]:
     if audio_BN.ndim != 2 or audio_BN.shape[1] % self.config.hop:
       raise ValueError(f'audio of shape {audio_BN.shape}: give [batch, samples] with samples a multiple of the hop, '
                        f'{self.config.hop} (right-pad with zeros)')
-    samples_B = None if frames_B is None else frames_B * self.config.hop
-    latent = self.semantic_encoder(audio_BN, samples_B, past)
+    if inside is not None:
+      inside = dataclasses.replace(inside, steps=self.config.hop)
+    latent = self.semantic_encoder(audio_BN, inside, past)
     semantic = self.semantic_quantizer(latent)
     if not self.config.shared_encoder:
-      latent = self.acoustic_encoder(audio_BN, samples_B, past)
+      latent = self.acoustic_encoder(audio_BN, inside, past)
     if self.config.subtract_semantic:
       z_semantic = semantic.quantized
       latent = latent - (z_semantic if attached else jax.lax.stop_gradient(z_semantic))
     return semantic, self.acoustic_quantizer(latent, active_B)
 
-  def _main(self, z_BTC: Array, frames_B: Array | None = None, past: Past | None = None) -> Array:
-    return fit_length(self.decoder(z_BTC, frames_B, past), z_BTC.shape[1] * self.config.hop)
+  def _main(self, z_BTC: Array, inside: Inside | None = None, past: Past | None = None) -> Array:
+    return fit_length(self.decoder(z_BTC, inside, past), z_BTC.shape[1] * self.config.hop)
 
-  def _auxiliary(self, z_BTC: Array, frames_B: Array | None = None, past: Past | None = None) -> Array:
+  def _auxiliary(self, z_BTC: Array, inside: Inside | None = None, past: Past | None = None) -> Array:
     config = self.config
     samples = z_BTC.shape[1] * config.hop * config.resynthesis_sample_rate // config.sample_rate
-    return fit_length(self.resynthesis_decoder(z_BTC, frames_B, past), samples)
+    return fit_length(self.resynthesis_decoder(z_BTC, inside, past), samples)
 
 
 def split_tokenizer(module: SpeechTokenizer) -> tuple[nnx.GraphDef, dict, dict]:
