@@ -183,7 +183,8 @@ FAR = dataclasses.replace(MODEL, encoder_channels=32, encoder_strides=(30, 8, 2)
 
 @pytest.mark.parametrize('causal', [False, True])
 def test_neighbours_in_a_row(causal):
-  """Recordings with no more than gaps between them, and what was in the gaps not 0: bit for bit as alone."""
+  """Recordings with no more than gaps between them, and what was in the gaps not 0: bit for bit as alone, and as an
+  exported graph has them."""
   config = dataclasses.replace(FAR, causal=causal)
   graphdef, params, codebooks = folded_tokenizer(config, *random_weights(abstract_tokenizer(config)[1:]))
   params = jax.tree.map(lambda x: x + 0.05 if x.ndim == 1 else x, params)  # biases
@@ -192,9 +193,10 @@ def test_neighbours_in_a_row(causal):
   generator = np.random.default_rng(0)
   for gap, width, function in (
       (encoder_gap(config), config.hop, lambda x, inside: model.semantic_encoder(
-          x.reshape(1, -1), dataclasses.replace(inside, steps=config.hop))),
-      (decoder_gap(config), config.latent_dim, lambda x, inside: model._main(x, inside).reshape(1, size, -1)),
-      (resynthesis_gap(config), config.latent_dim, lambda x, inside: model._auxiliary(x, inside).reshape(1, size, -1))):
+          x.reshape(1, -1), inside and dataclasses.replace(inside, steps=config.hop))),
+      (decoder_gap(config), config.latent_dim, lambda x, inside: model._main(x, inside).reshape(*x.shape[:2], -1)),
+      (resynthesis_gap(config), config.latent_dim,
+       lambda x, inside: model._auxiliary(x, inside).reshape(*x.shape[:2], -1))):
     assert 1 <= gap < 10 and gap * 2 < 9 * (6 if causal else 3), 'some layer sees farther'
     function = jax.jit(function)
     items = [generator.normal(size=(length, width)).astype(np.float32) for length in lengths]
@@ -211,7 +213,7 @@ def test_neighbours_in_a_row(causal):
       wanted = np.asarray(function(alone_TW, Inside(number_T, gap)))[0, :len(item)]
       assert np.std(wanted) > 1e-3
       np.testing.assert_array_equal(found[place], wanted)
-
+    np.testing.assert_array_equal(found[places[2]], function(items[2][None], None)[0])  # in an array of its own
 
 @pytest.mark.parametrize('config', [MODEL, CAUSAL], ids=['non-causal', 'causal'])
 def test_reach_is_tight(config):
