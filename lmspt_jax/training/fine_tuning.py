@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import optax
 from jax.sharding import NamedSharding
@@ -69,7 +70,8 @@ def _with_discriminators(config: ExperimentConfig, experiment: Experiment, state
   for part in ('generator_opt', 'discriminator_opt'):
     # The moments and their number of steps, not the schedule's.
     if part in found and optax.tree.get_all_with_path(found[part], 'count', _is_schedule):
-      found[part] = optax.tree.set(found[part], _is_schedule, count=state.step)
+      # Each its own copy: the train step donates its buffers, each once.
+      found[part] = optax.tree.set(found[part], _is_schedule, count=jnp.copy(state.step))
   return state.replace(**found)
 
 

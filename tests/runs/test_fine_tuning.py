@@ -112,6 +112,8 @@ def test_from_a_runs_last_step_with_all_it_had(run, trained):
     counts = {path[-1].tuple_name: int(count) for path, count in optax.tree.get_all_with_path(ours, 'count')}
     assert counts == {'ScaleByAdamState': 3, 'ScaleByScheduleState': 0}  # the schedule begins anew
   assert int(state.step) == 0
+  buffers = [leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(state)]
+  assert len(set(buffers)) == len(buffers), 'the train step donates them, each once'
 
 
 def test_the_discriminators_alone(run, trained):

@@ -248,6 +248,20 @@ def test_codes_are_those_of_one_process(one, two):
   assert all(not np.array_equal(start[path], end[path]) for path in start if path.startswith("['generator']"))
 
 
+def test_hosts_start_from_another_run(start, one, two, tmp_path):
+  """Fine-tuning, with all that a run has: the first step is that of one process, from where the other run was."""
+  overrides = (f'--config.init.model={one.workdir}', '--config.init.weights=last', '--config.init.discriminators=true',
+               '--config.init.optimizers=true', '--config.train.num_steps=2')
+  alone = start([tmp_path / 'alone'], *overrides, devices=8).succeed()
+  hosts = start([tmp_path / 'hosts'] * 2, *overrides, devices=4).succeed()
+  expected, found = ([row for row in rows(run.workdir) if 'loss/mel' in row] for run in (alone, hosts))
+  assert [row['step'] for row in found] == [1, 2]
+  for row, reference, fresh in zip(found, expected, rows(one.workdir), strict=False):
+    for name in ('loss/mel', 'loss/distillation', 'loss/discriminator'):
+      assert row[name] == pytest.approx(reference[name], rel=1e-4), (row['step'], name)
+    assert row['loss/mel'] != pytest.approx(fresh.get('loss/mel', 0), rel=1e-3)
+
+
 def test_each_example_is_made_by_one_host(one, two):
   examples = one.examples()
   assert two.examples() == examples and sorted(examples) == list(range(STEPS * 8))
