@@ -48,7 +48,7 @@ from lmspt_jax.slm.recordings import Recording, recordings
 from lmspt_jax.slm.token_rows import TokenRow, from_table, pack_row, to_table
 from lmspt_jax.version import __version__
 
-FORMAT = 1  # of what is kept; raise it when the same data and model come out differently
+FORMAT = 2  # of what is kept; raise it when the same data and model come out differently
 MAX_FAULT_RATE = 0.01
 GRACE = 3  # faults before the rate is looked at
 
