@@ -54,6 +54,7 @@ EVALUATE = [
   'librosa>=0.10',  # mel spectrograms of speechmos and of the speaker encoder
   'onnxruntime>=1.20',  # runs speechmos' models
   'pesq>=0.0.4',
+  'pycodec2>=4.1.1',
   'pystoi>=0.4',
   'pyworld>=0.3.5',
   'requests>=2.28',  # speechmos imports it and does not bring it along

@@ -7,6 +7,7 @@ from pathlib import Path
 import jiwer
 import numpy as np
 import pesq
+import pycodec2
 import pystoi
 import pytest
 import pyworld
@@ -209,12 +210,35 @@ def test_token_statistics_by_hand():
 def test_baselines_are_in_step_and_of_the_bitrate_asked_for(speech):
   audio_N = np.concatenate(speech)
   scores = []
-  for bitrate in baselines.OPUS:
-    decoded_N, bits = baselines.opus(audio_N, bitrate)
-    assert decoded_N.shape == audio_N.shape
+  for codec, bitrate in ((baselines.codec2, 700), (baselines.codec2, 1200), (baselines.opus, 6000),
+                         (baselines.opus, 12_000)):
+    decoded_N, bits = codec(audio_N, bitrate)
+    assert decoded_N.shape == audio_N.shape and decoded_N.dtype == np.float32
     assert bits / (len(audio_N) / 16_000) == pytest.approx(bitrate, rel=0.03)  # packets alone
+    # A vocoder keeps no waveform that could be in step, but it keeps the spectrum over time.
+    nearness = [_likeness(audio_N, np.roll(decoded_N, shift)) for shift in (-160, -80, 0, 80, 160)]
+    assert np.argmax(nearness) == 2, (codec, bitrate, nearness)
     scores.append(signal.short_time_intelligibility(audio_N, decoded_N))
-  assert 0.7 < scores[0] < scores[1]
+  assert 0.5 < scores[0] and scores == sorted(scores)
   narrow_N = baselines.narrowed(audio_N)
   spectrum_F = np.abs(np.fft.rfft(narrow_N)) ** 2
   assert narrow_N.shape == audio_N.shape and spectrum_F[len(spectrum_F) * 9 // 16:].sum() < 1e-3 * spectrum_F.sum()
+
+
+def _likeness(*recordings):
+  """Correlation of log mel spectrograms below 4 kHz, a frame every 2 ms."""
+  filters_FM = mel_filters(16_000, 512, 40)[:, :26]
+  logs = [np.log(np.abs(np.fft.rfft(np.lib.stride_tricks.sliding_window_view(audio_N, 512)[::32] * np.hanning(512)))**2
+                 @ filters_FM + 1e-5).ravel() for audio_N in recordings]
+  return np.corrcoef(*logs)[0, 1]
+
+
+def test_codec2_gives_the_same_whatever_came_before_and_counts_all_its_bits(speech):
+  audio_N = speech[0]
+  first_N, _ = baselines.codec2(audio_N, 700)
+  baselines.codec2(speech[1], 700)
+  assert np.array_equal(baselines.codec2(audio_N, 700)[0], first_N)
+  assert baselines.codec2(audio_N[:0], 700)[0].shape == (0,)
+  # A frame of 28 bits fills 4 bytes but for its last 4 bits, which carry nothing.
+  frame = pycodec2.Codec2(700).encode(np.round(speech[0][8000:16_000:2][:320] * 32767).astype(np.int16))
+  assert len(frame) == 4 and pycodec2.Codec2(700).bits_per_frame() == 28 and frame[3] & 0b1111 == 0

@@ -44,8 +44,8 @@ METRICS_FILE, ROWS_FILE = 'metrics.json', 'utterances.jsonl'
 _LIMIT_SEED = 0
 _ASR_ROWS = 8  # windows of one call, whatever --batch-size says
 _WAITING = 64  # recordings that the pool may be behind
-_PACKAGES = ('jax', 'jaxlib', 'jiwer', 'librosa', 'numpy', 'onnxruntime', 'pesq', 'pystoi', 'pyworld', 'scipy',
-             'soundfile', 'soxr', 'speechmos', 'tokenizers', 'whisper-normalizer')
+_PACKAGES = ('jax', 'jaxlib', 'jiwer', 'librosa', 'numpy', 'onnxruntime', 'pesq', 'pycodec2', 'pystoi', 'pyworld',
+             'scipy', 'soundfile', 'soxr', 'speechmos', 'tokenizers', 'whisper-normalizer')
 
 
 @dataclass(frozen=True)

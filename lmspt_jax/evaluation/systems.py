@@ -1,8 +1,8 @@
 """The systems that are compared: what a model makes of a recording by its three paths, and the baselines.
 
 A system's name is that of its path for MODEL ('full', 'semantic', 'resynthesis'), LABEL/PATH for another model, and
-'original', 'narrow_8k' or 'opus_6k' for the rest. Every system is heard at 16 kHz and cut to the original's length, so
-that all are measured alike.
+'original', 'narrow_8k', 'opus_6k' or 'codec2_700' for the rest. Every system is heard at 16 kHz and cut to the
+original's length, so that all are measured alike.
 
 Axes: N samples, K codebooks, T frames.
 """
@@ -134,14 +134,15 @@ def load_models(model: str, others: Iterable[str]) -> list[Model]:
   return models
 
 
-BASELINES = ('narrow_8k', *(f'opus_{bitrate // 1000}k' for bitrate in baselines.OPUS))
+_CODECS = {**{f'opus_{bitrate // 1000}k': (baselines.opus, bitrate) for bitrate in baselines.OPUS},
+           **{f'codec2_{bitrate}': (baselines.codec2, bitrate) for bitrate in baselines.CODEC2}}
+BASELINES = ('narrow_8k', *_CODECS)
 
 
 def baseline_audio(recording: Recording) -> tuple[dict[str, np.ndarray], dict[str, int]]:
   """What the BASELINES make of a recording: audio by system, and of the codecs the bits they took."""
   audio = {'narrow_8k': baselines.narrowed(recording.audio_N)}
   bits = {}
-  for bitrate in baselines.OPUS:
-    name = f'opus_{bitrate // 1000}k'
-    audio[name], bits[name] = baselines.opus(recording.audio_N, bitrate)
+  for name, (codec, bitrate) in _CODECS.items():
+    audio[name], bits[name] = codec(recording.audio_N, bitrate)
   return audio, bits

@@ -7,8 +7,8 @@ import importlib.util
 from lmspt_jax.errors import LmsptError
 
 # Import names of the extra [evaluate].
-PACKAGES = ('jiwer', 'librosa', 'matplotlib', 'onnxruntime', 'pesq', 'pystoi', 'pyworld', 'requests', 'speechmos',
-            'tokenizers', 'whisper_normalizer')
+PACKAGES = ('jiwer', 'librosa', 'matplotlib', 'onnxruntime', 'pesq', 'pycodec2', 'pystoi', 'pyworld', 'requests',
+            'speechmos', 'tokenizers', 'whisper_normalizer')
 
 
 class Undefined(Exception):
