@@ -53,20 +53,22 @@ def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], label: 
     return ''
   x_all, y_all = (np.concatenate([pair[axis] for pair in shown.values()]) for axis in (0, 1))
   x_span, y_span = np.ptp(x_all) or 1, np.ptp(y_all) or 1
-  left, bottom = (0, height - 4) if stretch else (8, height - 20)
+  left, right, bottom = (0, _WIDTH, height - 4) if stretch else (52, _WIDTH - 12, height - 20)
   parts = []
   for number, (name, (x, y)) in enumerate(shown.items()):
     keep = np.unique(np.linspace(0, len(x) - 1, min(len(x), MAX_POINTS)).astype(int))
-    points = ' '.join(f'{left + (a - x_all.min()) / x_span * (_WIDTH - 2 * left):.1f},'
+    points = ' '.join(f'{left + (a - x_all.min()) / x_span * (right - left):.1f},'
                       f'{bottom - (b - y_all.min()) / y_span * (bottom - 8):.1f}' for a, b in zip(x[keep], y[keep],
                                                                                               strict=True))
     parts.append(f'<polyline points="{points}" class="line c{number % 6}"/>')
     if len(shown) > 1:
-      place = f'x="{_WIDTH - left}" y="{14 + 14 * number}"'
+      place = f'x="{right}" y="{14 + 14 * number}"'
       parts.append(f'<text {place} class="right c{number % 6}">{escape(name)}</text>')
   if not stretch:
     parts.append(f'<text x="{left}" y="{height - 4}">{x_all.min():.4g}</text>'
-                 f'<text x="{_WIDTH - left}" y="{height - 4}" class="right">{x_all.max():.4g}</text>')
+                 f'<text x="{right}" y="{height - 4}" class="right">{x_all.max():.4g}</text>'
+                 f'<text x="{left - 6}" y="12" class="right">{y_all.max():.3g}</text>'
+                 f'<text x="{left - 6}" y="{bottom + 4}" class="right">{y_all.min():.3g}</text>')
   ranges = ', '.join(f'{name} from {y[0]:.3g} to {y[-1]:.3g}' for name, (_, y) in shown.items())
   return _svg(_WIDTH, height, f'{label}: {ranges}', parts, stretch)
 

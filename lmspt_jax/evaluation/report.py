@@ -25,7 +25,8 @@ from lmspt_jax.evaluation.words import text_errors
 REPORT_FILE = 'report.html'
 CHOSEN, WORST = 3, 3  # utterances with players
 PLAYED = ('original', 'full', 'semantic', 'resynthesis')
-_MAX_CURVES = 12
+_MAX_CURVES = 18
+_MAX_HEARD = 24  # words in a row that are wrong, of what the ASR heard: noise can be heard as the same word 200 times
 _POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
            'media-src data:')
 _TITLES = {'original': 'Original', 'full': 'All codebooks', 'semantic': 'Semantic codebook alone',
@@ -76,7 +77,7 @@ def page(found: dict[str, Any], rows: Sequence[dict[str, Any]], chosen: Sequence
 
 
 def run_curves(model: str) -> dict[str, tuple[list[float], list[float]]]:
-  """Losses and held-out figures over steps where MODEL is a run's workdir."""
+  """Losses and held-out figures over steps where MODEL is a run's workdir; those that never change are left out."""
   path = Path(model) / 'metrics.jsonl'
   found: dict[str, tuple[list[float], list[float]]] = {}
   if not path.is_file():
@@ -91,7 +92,8 @@ def run_curves(model: str) -> dict[str, tuple[list[float], list[float]]]:
         steps, values = found.setdefault(name, ([], []))
         steps.append(row['step'])
         values.append(value)
-  return dict(sorted(found.items())[:_MAX_CURVES])
+  moving = {name: curve for name, curve in found.items() if len(set(curve[1])) > 1}
+  return dict(sorted(moving.items())[:_MAX_CURVES])
 
 
 # ---------------------------------------------------------------- sections
@@ -166,22 +168,24 @@ def _distributions(found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str
 
 
 def _codebooks(found: dict[str, Any], rows: Sequence[dict[str, Any]]) -> str:
-  names = ('usage', 'perplexity', 'entropy', 'bitrate', 'repeat_rate', 'entropy_2', 'entropy_3')
-  head = ''.join(f'<th scope="col">{name.replace("_", " ")}</th>' for name in ('size', *names))
+  labels = {'usage': 'usage', 'perplexity': 'perplexity', 'entropy': 'entropy, bits', 'bitrate': 'entropy, bit/s',
+            'repeat_rate': 'repeats', 'entropy_2': 'bits after one code', 'entropy_3': 'bits after two codes'}
+  head = ''.join(f'<th scope="col">{label}</th>' for label in ('size', *labels.values()))
   out = ''
   for label, entries in found['tokens'].items():
     body, series = '', {}
     for number, entry in enumerate(entries):
       kind = 'semantic' if number == 0 else 'acoustic'
       body += (f'<tr><td>{number} {kind}</td><td>{entry["size"]}</td>'
-               f'{"".join(_cell(entry[name]) for name in names)}</tr>')
+               f'{"".join(_cell(entry[name]) for name in labels)}</tr>')
       codes = [row['codes']['' if label == 'model' else label][number] for row in rows
                if ('' if label == 'model' else label) in row.get('codes', {})]
       counts = np.sort(np.bincount(np.concatenate(codes), minlength=entry['size']))[::-1] if codes else np.zeros(0)
       series[f'codebook {number}'] = (np.arange(len(counts)), counts / max(1, counts.sum()))
     svg = charts.lines(series, f'Share of frames of each code of {label}, most frequent first')
     table = _table(f'Codebooks of {escape(label)}', f'<tr><th scope=col>codebook</th>{head}</tr>', body)
-    out += f'<h3>{escape(label)}</h3>{table}{_figure("Share of frames of each code, most frequent first", svg)}'
+    figure = _figure('Share of frames of each code, most frequent first', svg)
+    out += f'<h3>{escape(label)}</h3>{table}<div class="grid">{figure}</div>'
   return f'<section><h2>Codebooks</h2>{out}</section>'
 
 
@@ -217,14 +221,14 @@ def _system(example: Example, system: str) -> str:
   measured = row['systems'][system]
   name = escape(f'{title} of {row["id"]}')
   sound = charts.data_uri(_wav(example.audio[system]), 'audio/wav')
-  values = ', '.join(f'{METRICS[key].label} {value:.3g}' for key, value in measured['values'].items()
+  values = ' · '.join(f'{METRICS[key].label} {value:.3g}' for key, value in measured['values'].items()
                      if key in ('wer', 'pesq', 'stoi', 'mel_distance', 'dnsmos', 'teacher_distance'))
   distance = ''
   if measured['along_time']:
     series = {'distance': (np.arange(len(measured['along_time'])), measured['along_time'])}
     svg = charts.lines(series, f'Distance in the teacher over time, {title} of {row["id"]}', 48, stretch=True)
     distance = f'<div class="track">{svg}<span class="cursor"></span></div>'
-  return (f'<div class="system"><h3>{title}</h3><p>{_marked(row, measured)}</p>'
+  return (f'<div class="system"><h4>{title}</h4><p>{_marked(row, measured)}</p>'
           f'<audio controls preload="metadata" aria-label="{name}" src="{sound}"></audio>'
           f'<div class="track"><img src="{charts.spectrogram(example.audio[system])}" alt="Spectrogram: {name}">'
           f'<span class="cursor"></span></div>{distance}<p class="soft">{escape(values)}</p></div>')
@@ -247,5 +251,11 @@ def _marked(row: dict[str, Any], measured: dict[str, Any]) -> str:
       parts.append(escape(wanted))
     else:
       parts += [f'<del title="not heard">{escape(wanted)}</del>'] if wanted else []
-      parts += [f'<ins title="heard instead">{escape(heard)}</ins>'] if heard else []
+      parts += [f'<ins title="heard instead">{escape(_shortened(heard))}</ins>'] if heard else []
   return 'Heard: ' + ' '.join(parts)
+
+
+def _shortened(heard: str) -> str:
+  words = heard.split()
+  more = len(words) - _MAX_HEARD
+  return heard if more <= 0 else f'{" ".join(words[:_MAX_HEARD])} … ({more} more words)'

@@ -50,6 +50,7 @@ def evaluated(tiny_run, recordings, tmp_path_factory):
   other = write_run(out / 'other', name='other')
   with pytest.MonkeyPatch.context() as patch:
     patch.setattr(run, 'Listener', functools.partial(Listener, max_tokens=12))  # noise can be heard as a long text
+    patch.setattr(run, '_ASR_ROWS', 3)  # divides what is heard here, so that no row is empty
     # The slowest of all; tests/test_evaluation_metrics.py has it.
     patch.setattr(quality, 'dnsmos_scores', lambda audio_N: dict.fromkeys(quality.NAMES.values(), float(audio_N.max())))
     settings = Settings(str(tiny_run), f'folder:{recordings}', baselines=(str(other),), batch_size=8,
@@ -200,11 +201,15 @@ def test_the_report_shows_what_it_is_given(evaluated, tmp_path):
   page = report.page({**whole, 'settings': settings}, rows['all'], [example], [], {'loss/mel': ([0, 10], [2.0, 1.0])})
   assert page.count('<script>') == 1 and '<img src=x' not in page and '<b>' not in page
   assert 'loss/mel: 2 to 1' in page and '<del title="not heard">' in page
+  hostile['systems']['full']['heard'] = 'do ' * 100
+  page = report.page(whole, rows['all'], [dataclasses.replace(example, row=hostile)], [], {})
+  assert re.search(r'do do … \(7\d more words\)</ins>', page) and page.count('do do') < 24
 
 
 def test_curves_are_of_runs_alone(tmp_path):
   assert report.run_curves(str(tmp_path / 'model.safetensors')) == {}
-  rows = [{'step': 0, 'held_out/mel': 3.0, 'time/step': 1.0}, {'step': 10, 'held_out/mel': 2.0, 'loss/mel': None}]
+  rows = [{'step': 0, 'held_out/mel': 3.0, 'loss/codebook': 0.0, 'time/step': 1.0},
+          {'step': 10, 'held_out/mel': 2.0, 'loss/codebook': 0.0, 'loss/mel': None}]
   (tmp_path / 'metrics.jsonl').write_text(''.join(json.dumps(row) + '\n' for row in rows) + '{"step": 2')
   assert report.run_curves(str(tmp_path)) == {'held_out/mel': ([0, 10], [3.0, 2.0])}
 
