@@ -29,6 +29,8 @@ _MAX_CURVES = 18
 _MAX_HEARD = 24  # words in a row that are wrong, of what the ASR heard: noise can be heard as the same word 200 times
 _POLICY = ("default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; img-src data:; "
            'media-src data:')
+_KEY = ("Words that were not heard are struck out, those that were heard instead underlined. The line below a "
+        "spectrogram is the distance from the original in the teacher's features, over time.")
 _TITLES = {'original': 'Original', 'full': 'All codebooks', 'semantic': 'Semantic codebook alone',
            'resynthesis': 'Semantic resynthesis (auxiliary decoder)'}
 
@@ -67,8 +69,8 @@ def page(found: dict[str, Any], rows: Sequence[dict[str, Any]], chosen: Sequence
   sizes = [entry['size'] for entry in found['tokens']['model']]
   parts = [_head(found), _summary(found), _comparisons(found), _distributions(found, rows), _codebooks(found, rows),
            _curves(curves)]
-  parts += [f'<section><h2>{title}</h2>{"".join(_example(one, sizes) for one in examples)}</section>'
-            for title, examples in (('Utterances', chosen), ('Worst utterances', worst)) if examples]
+  parts += [f'<section><h2>{title}</h2><p class="soft">{_KEY}</p>{"".join(_example(one, sizes) for one in examples)}'
+            '</section>' for title, examples in (('Utterances', chosen), ('Worst utterances', worst)) if examples]
   return (f'<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
           f'<meta name="viewport" content="width=device-width, initial-scale=1">'
           f'<meta http-equiv="Content-Security-Policy" content="{_POLICY}">'
