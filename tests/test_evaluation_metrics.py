@@ -18,9 +18,10 @@ from whisper_normalizer.english import EnglishTextNormalizer
 
 from lmspt_jax.audio.mel import mel_filters
 from lmspt_jax.errors import LmsptError
-from lmspt_jax.evaluation import baselines, pitch, quality, signal, speaker, statistics, tokens, undefined, words
-from lmspt_jax.evaluation.spectral import MEL_BINS, MEL_WINDOWS, STFT_WINDOWS, spectral_distances
-from lmspt_jax.evaluation.undefined import Undefined
+from lmspt_jax.evaluation import baselines
+from lmspt_jax.measures import names, pitch, quality, signal, speaker, statistics, tokens, words
+from lmspt_jax.measures.spectral import MEL_BINS, MEL_WINDOWS, STFT_WINDOWS, spectral_distances
+from lmspt_jax.measures.undefined import Undefined
 
 SAMPLE = Path(__file__).parents[1] / 'lmspt_jax/assets/speech_sample'
 NAMES = ('asterisk-agent-incorrect', 'asterisk-vm-tocallback', 'librivox-austen-0890')
@@ -162,10 +163,12 @@ def test_silence_and_moments_are_undefined(speech):
 
 
 def test_missing_packages_are_named(monkeypatch):
-  undefined.check_packages()
-  monkeypatch.setattr(undefined, 'PACKAGES', ('numpy', 'no_such_package'))
-  with pytest.raises(LmsptError, match=r"needs no_such_package: pip install 'lmspt_jax\[evaluate\]'"):
-    undefined.check_packages()
+  names.check_packages(names.METRICS, also=('matplotlib',))
+  find = names.importlib.util.find_spec
+  monkeypatch.setattr(names.importlib.util, 'find_spec', lambda name: None if name in ('pesq', 'jiwer') else find(name))
+  names.check_packages(['mel_distance', 'dnsmos'])  # which need neither
+  with pytest.raises(LmsptError, match=r"needs jiwer, pesq: pip install 'lmspt_jax\[evaluate\]'"):
+    names.check_packages(['stoi', 'cer', 'mel_distance'])
 
 
 def test_intervals_are_the_percentile_bootstrap_s():

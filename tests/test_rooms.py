@@ -13,7 +13,8 @@ ROOMS = (
     ('models', 'losses', 'data'),
     # convert: weights in and out, knows models alone
     ('sharding', 'optim', 'checkpoint', 'metrics', 'convert', 'hosts', 'chips'),
-    ('pretrained',),  # whole models in and out, with what is known of them
+    # pretrained: whole models in and out, with what is known of them; measures: what is measured of recordings
+    ('pretrained', 'measures'),
     ('training',),
     ('export', 'planning', 'inference'),
     ('evaluation', 'slm', 'sweeps'),

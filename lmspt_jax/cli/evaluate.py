@@ -29,9 +29,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-  from lmspt_jax.evaluation.names import METRICS
   from lmspt_jax.evaluation.report import REPORT_FILE
   from lmspt_jax.evaluation.run import METRICS_FILE, Settings, evaluate
+  from lmspt_jax.measures.names import METRICS
 
   settings = Settings(model=args.model, data=args.data, split=args.split, limit=args.limit,
                       baselines=tuple(args.baseline), asr=args.asr, teacher=args.teacher, beams=args.beams,

@@ -11,8 +11,6 @@ Grain is imported where it is used: it loads jax when jax is installed, and this
 from __future__ import annotations
 
 import logging
-import os
-import threading
 import time
 import weakref
 from collections.abc import Iterator, Sequence
@@ -28,6 +26,7 @@ from lmspt_jax.data.faults import REASONS, AudioError
 from lmspt_jax.data.mixture import Group, Mixture
 from lmspt_jax.data.sources import open_source
 from lmspt_jax.data.transforms import Transform, from_config
+from lmspt_jax.data.workers import start_worker
 from lmspt_jax.errors import LmsptError
 
 MAX_FAULTS = 32  # records tried for one example before the run stops
@@ -181,7 +180,7 @@ def training_batches(config: DataConfig, *, sample_rate: int, crop_samples: int,
   dataset = batches.to_iter_dataset(read)
   if workers:
     dataset = dataset.mp_prefetch(grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=2),
-                                  worker_init_fn=_start_worker)
+                                  worker_init_fn=start_worker)
   return Batches(iter(dataset))
 
 
@@ -203,21 +202,6 @@ def _shuffled(group: Group, seed: int) -> Any:
   import grain
   order = grain.MapDataset.range(len(group)).shuffle(seed=seed % 2**32)
   return order.repeat(_MAX_EXAMPLES // len(group)).map(group.record)
-
-
-def _start_worker(worker: int, workers: int) -> None:
-  """Runs in each worker: leave signals to the parent, and never outlive it (Grain's workers would, after a kill)."""
-  import multiprocessing
-  import signal
-  signal.signal(signal.SIGINT, signal.SIG_IGN)
-  signal.signal(signal.SIGTERM, signal.SIG_IGN)  # Slurm tells all processes of a job; the parent needs us to stop well
-  parent = multiprocessing.parent_process()
-
-  def watch() -> None:
-    parent.join()
-    os._exit(1)
-
-  threading.Thread(target=watch, name=f'watch-parent-{worker}-of-{workers}', daemon=True).start()
 
 
 def held_out_utterances(config: DataConfig, sample_rate: int, num_samples: int, limit: int) -> dict[str, Any]:

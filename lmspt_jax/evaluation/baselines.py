@@ -13,7 +13,6 @@ import struct
 from concurrent.futures import ProcessPoolExecutor
 
 import numpy as np
-import pycodec2
 import soundfile
 
 from lmspt_jax.data.audio_io import to_mono_at
@@ -56,6 +55,8 @@ def codec2(audio_N: np.ndarray, bitrate: int) -> tuple[np.ndarray, int]:
 
 
 def _codec2_here(audio_N: np.ndarray, bitrate: int) -> tuple[np.ndarray, int]:
+  import pycodec2  # an extra: run.py says so where it is missing
+
   codec, late = pycodec2.Codec2(bitrate), CODEC2[bitrate]
   size = codec.samples_per_frame()
   narrow_N = to_mono_at(audio_N, RATE, NARROW)

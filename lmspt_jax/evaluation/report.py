@@ -19,8 +19,8 @@ import numpy as np
 import soundfile
 
 from lmspt_jax.evaluation import charts
-from lmspt_jax.evaluation.names import METRICS
-from lmspt_jax.evaluation.words import text_errors
+from lmspt_jax.measures.names import METRICS
+from lmspt_jax.measures.words import text_errors
 
 REPORT_FILE = 'report.html'
 CHOSEN, WORST = 3, 3  # utterances with players

@@ -7,10 +7,9 @@ ASR has a fixed number of rows, and everything else is of one recording.
 from __future__ import annotations
 
 import collections
-import functools
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass
 from importlib import metadata
@@ -18,32 +17,29 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from tqdm import tqdm
 
-from lmspt_jax.convert.whisper import WhisperCheckpoint, load_whisper
+from lmspt_jax.convert.whisper import load_whisper
 from lmspt_jax.data.dataset_info import write_atomic
 from lmspt_jax.data.sources import Source, open_source
 from lmspt_jax.errors import LmsptError
-from lmspt_jax.evaluation import report, speaker, statistics, summary
-from lmspt_jax.evaluation.measure import Measured, Pool
-from lmspt_jax.evaluation.names import METRICS
-from lmspt_jax.evaluation.spectral import spectral_distances
+from lmspt_jax.evaluation import report, summary
 from lmspt_jax.evaluation.summary import Row
 from lmspt_jax.evaluation.systems import BASELINES, Model, Recording, baseline_audio, load, load_models
-from lmspt_jax.evaluation.tokens import codebook_statistics
-from lmspt_jax.evaluation.undefined import Undefined, check_packages
-from lmspt_jax.evaluation.words import text_errors
 from lmspt_jax.files import writable_folder
 from lmspt_jax.inference.tokenizer import PATHS
-from lmspt_jax.models.whisper_decoding import Listener, WhisperVocabulary, encode_recordings
+from lmspt_jax.measures import speaker, statistics
+from lmspt_jax.measures.ears import Ears
+from lmspt_jax.measures.measure import ON_CPU, Measured, Pool
+from lmspt_jax.measures.names import METRICS, check_packages
+from lmspt_jax.measures.on_device import Sound, measure_on_device
+from lmspt_jax.measures.tokens import codebook_statistics
 from lmspt_jax.version import __version__
 
 FORMAT = 1
 METRICS_FILE, ROWS_FILE = 'metrics.json', 'utterances.jsonl'
 _LIMIT_SEED = 0
-_ASR_ROWS = 8  # windows of one call, whatever --batch-size says
 _WAITING = 64  # recordings that the pool may be behind
 _PACKAGES = ('jax', 'jaxlib', 'jiwer', 'librosa', 'numpy', 'onnxruntime', 'pesq', 'pycodec2', 'pystoi', 'pyworld',
              'scipy', 'soundfile', 'soxr', 'speechmos', 'tokenizers', 'whisper-normalizer')
@@ -83,7 +79,7 @@ def evaluate(settings: Settings, out: str | Path, processes: int | None = None) 
   Raises:
     LmsptError: no such model, data or ASR, a package that is missing, or an OUT that can't be written.
   """
-  check_packages()
+  check_packages(METRICS, also=('matplotlib', 'pycodec2'))
   speaker.weights_file()
   for name, least in (('limit', 0), ('beams', 1), ('batch_size', 1)):
     if getattr(settings, name) < least:
@@ -127,41 +123,21 @@ def _example(row: Row, recording: Recording, model: Model) -> report.Example:
   return report.Example(row, {'original': recording.audio_N, **audio}, codes[0].ids)
 
 
-class _Ears:
-  """The ASR and the teacher, loaded."""
+class _Ears(Ears):
+  """The ASR and the teacher of an evaluation, and which files they are."""
 
   def __init__(self, settings: Settings, model: Model):
-    checkpoint = load_whisper(settings.asr, ('encoder', 'decoder'))
-    self.vocabulary = WhisperVocabulary.from_file(checkpoint.tokenizer_path)
-    self.asr = Listener(checkpoint.dims, checkpoint.params, self.vocabulary, beams=settings.beams, rows=_ASR_ROWS)
-    self.asr_sha256 = checkpoint.sha256
+    asr = load_whisper(settings.asr, ('encoder', 'decoder'))
+    self.asr_sha256 = self.teacher_sha256 = asr.sha256
     self.teacher_uri = settings.teacher or _own_teacher(model) or settings.asr
-    self._teacher: WhisperCheckpoint | None = None
-    self.teacher_sha256 = self.asr_sha256
+    teacher = None
     if self.teacher_uri != settings.asr:
       try:
-        self._teacher = load_whisper(self.teacher_uri)
+        teacher = load_whisper(self.teacher_uri)
       except LmsptError as error:
         raise LmsptError(f'{error}; or measure in another one with --teacher={settings.asr}') from error
-      self._params = jax.tree.map(jnp.asarray, self._teacher.params['encoder'])
-      self.teacher_sha256 = self._teacher.sha256
-
-  def hear(self, audios: Sequence[np.ndarray], languages: Sequence[str]) -> tuple[list[str | Undefined], list]:
-    """Transcripts (or why there is none) and the teacher's features of recordings at 16 kHz."""
-    texts: list[str | Undefined] = [''] * len(audios)
-    features: list[np.ndarray] = [np.zeros(0)] * len(audios)
-    for language in sorted(set(languages)):
-      here = [number for number, one in enumerate(languages) if one == language]
-      asked, refusal = language, None
-      try:
-        self.vocabulary.prompt(self.asr.dims, language)
-      except LmsptError as error:
-        asked, refusal = 'en', Undefined(f'ASR: {error}')
-      for number, heard in zip(here, self.asr.listen([audios[number] for number in here], asked), strict=True):
-        texts[number], features[number] = refusal or heard.text, heard.features_TD
-    if self._teacher is not None:
-      features = encode_recordings(self._teacher.dims, self._params, audios, _ASR_ROWS)
-    return texts, features
+      self.teacher_sha256 = teacher.sha256
+    super().__init__(asr, teacher, settings.beams)
 
 
 def _own_teacher(model: Model) -> str:
@@ -193,16 +169,16 @@ def _measure(recordings: Sequence[Recording], models: Sequence[Model], ears: _Ea
       audio[model.system(path)] = [None] * len(heard)
       for number, audio_N in zip(coded, decoded, strict=True):
         audio[model.system(path)][number] = audio_N
-  texts, features = {}, {}
+  sounds: dict[tuple[str, int], Sound] = {}
   # A call of the ASR takes as many steps as its longest text. What a model says can be heard as one without end: apart,
   # it doesn't hold up the rest.
   for systems in (('original', *BASELINES), [system for model in models for system in model.systems]):
     there = [(system, number) for system in systems for number in range(len(heard))
              if audio[system][number] is not None]
-    found = ears.hear([audio[system][number] for system, number in there],
-                      [heard[number].language for _, number in there])
-    texts |= zip(there, found[0], strict=True)
-    features |= zip(there, found[1], strict=True)
+    texts, features = ears.hear([audio[system][number] for system, number in there],
+                                [heard[number].language for _, number in there])
+    sounds |= {(system, number): Sound(audio[system][number], *found) for (system, number), *found in
+               zip(there, texts, features, strict=True)}
   results = []
   for one in recordings:
     row = {'id': one.id, 'language': one.language, 'speaker': one.speaker, 'seconds': one.seconds, 'text': one.text}
@@ -212,46 +188,20 @@ def _measure(recordings: Sequence[Recording], models: Sequence[Model], ears: _Ea
     number = next(n for n, other in enumerate(heard) if other is one)
     row['bits'] = bits[number]
     row['codes'] = {label: found[number].ids.tolist() for label, found in codes.items() if found[number] is not None}
-    voice_D = functools.cache(functools.partial(speaker.speaker_embedding, one.audio_N))
-    measured = {system: _on_device(one, system, audio, texts, features, number, voice_D) for system in audio}
-    row['systems'] = measured
-    others = {system: found[number] for system, found in audio.items()
-              if system != 'original' and found[number] is not None}
-    results.append((row, pool.submit(one.audio_N, others)))
+    original = sounds['original', number]
+    row['systems'] = {system: _on_device(one, original, system, sounds, number) for system in audio}
+    made = {system: found[number] for system, found in audio.items() if found[number] is not None}
+    results.append((row, pool.submit(one.audio_N, made, ON_CPU)))
   return results
 
 
-def _on_device(one: Recording, system: str, audio: dict[str, list], texts: dict, features: dict, number: int,
-               voice_D: Callable[[], np.ndarray]) -> Measured:
-  """What needs the device, of one system on one recording; `voice_D` embeds the original's speaker."""
-  found = Measured()
-  if (system, number) not in texts:
-    reason = 'shorter than a frame of this model'
-    found.missing = dict.fromkeys((name for name, metric in METRICS.items()), reason)
-    return found
-  text = texts[system, number]
-  if isinstance(text, Undefined):
-    found.missing |= dict.fromkeys(('wer', 'cer'), str(text))
-  else:
-    found.heard = text
-    found.take('wer', lambda: _word_values(one, text), ('cer',))
-  if system == 'original':
-    return found
-  original_N, audio_N = one.audio_N, audio[system][number]
-  found.values |= dict(zip(('mel_distance', 'stft_distance'), spectral_distances(original_N, audio_N), strict=True))
-  found.take('speaker_similarity', lambda: float(np.dot(voice_D(), speaker.speaker_embedding(audio_N))))
-  difference_TD = features[system, number] - features['original', number]
-  distance_T = np.mean(np.square(difference_TD), axis=1, dtype=np.float64)
-  found.along_time = [round(float(value), 4) for value in distance_T]
-  found.values['teacher_distance'] = float(np.mean(distance_T))
-  return found
-
-
-def _word_values(one: Recording, heard: str) -> dict[str, float]:
-  found = text_errors(one.text, heard, one.language)
-  return {'wer': found.word_errors / found.words, 'cer': found.character_errors / found.characters,
-          'word_errors': found.word_errors, 'words': found.words, 'character_errors': found.character_errors,
-          'characters': found.characters}
+def _on_device(one: Recording, original: Sound, system: str, sounds: dict[tuple[str, int], Sound],
+               number: int) -> Measured:
+  """What needs the device, of one system on one recording."""
+  if (system, number) not in sounds:
+    return Measured(missing=dict.fromkeys(METRICS, 'shorter than a frame of this model'))
+  decoded = None if system == 'original' else sounds[system, number]
+  return measure_on_device(one.text, one.language, original, decoded, METRICS)
 
 
 def _merge(row: Row, future: Future | None) -> None:

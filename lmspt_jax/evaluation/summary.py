@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from lmspt_jax.evaluation import statistics
-from lmspt_jax.evaluation.names import METRICS, Metric
+from lmspt_jax.measures import statistics
+from lmspt_jax.measures.names import METRICS
 
 Row = dict[str, Any]  # of utterances.jsonl
 
@@ -26,7 +26,7 @@ def comparisons(rows: Sequence[Row], first: str, second: str) -> dict[str, dict[
   for name, metric in METRICS.items():
     if 'original' in (first, second) and metric.needs_original:
       continue
-    pairs = [(a, b) for a, b in ((_terms(row, first, name, metric), _terms(row, second, name, metric)) for row in rows)
+    pairs = [(a, b) for a, b in ((_terms(row, first, name), _terms(row, second, name)) for row in rows)
              if a and b]
     first_U, second_U, over_U = (np.array(column, np.float64) for column in (
         [a[0] for a, _ in pairs], [b[0] for _, b in pairs], [a[1] for a, _ in pairs]))
@@ -36,14 +36,10 @@ def comparisons(rows: Sequence[Row], first: str, second: str) -> dict[str, dict[
 
 
 def _figure(rows: Sequence[Row], system: str, name: str) -> statistics.Figure:
-  terms = [_terms(row, system, name, METRICS[name]) for row in rows]
+  terms = [_terms(row, system, name) for row in rows]
   found = [term for term in terms if term]
   return statistics.ratio(np.array([a for a, _ in found]), np.array([b for _, b in found]), len(terms) - len(found))
 
 
-def _terms(row: Row, system: str, name: str, metric: Metric) -> tuple[float, float] | None:
-  """What an utterance adds to numerator and denominator; None where it is missing."""
-  values = row['systems'].get(system, {}).get('values', {})
-  if name not in values:
-    return None
-  return tuple(values[part] for part in metric.over) if metric.over else (values[name], 1.0)
+def _terms(row: Row, system: str, name: str) -> tuple[float, float] | None:
+  return METRICS[name].terms(name, row['systems'].get(system, {}).get('values', {}))

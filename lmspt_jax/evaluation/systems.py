@@ -24,8 +24,9 @@ from lmspt_jax.errors import LmsptError
 from lmspt_jax.evaluation import baselines
 from lmspt_jax.inference.codes import Codes
 from lmspt_jax.inference.tokenizer import PATHS, Tokenizer
+from lmspt_jax.measures.ears import language_code
+from lmspt_jax.measures.measure import RATE, fitted
 
-RATE = 16_000  # Hz
 MAX_SECONDS = 600  # of a recording: longer ones are no utterances
 
 
@@ -66,11 +67,6 @@ def load(source: Source, position: int) -> Recording:
   own_N = to_mono_at(audio, rate, rate)
   return Recording(utterance.id, utterance.text, language_code(utterance.language), utterance.speaker, rate, own_N,
                    to_mono_at(own_N, rate, RATE))
-
-
-def language_code(language: str) -> str:
-  """Whisper's code of a corpus' label: 'en-GB' and no label at all are English."""
-  return language.lower().replace('_', '-').partition('-')[0] or 'en'
 
 
 class Model:
@@ -116,11 +112,6 @@ class Model:
     rate = self.tokenizer.resynthesis_sample_rate if path == 'resynthesis' else self.tokenizer.sample_rate
     decoded = self.tokenizer.decode(list(codes), path)
     return [fitted(to_mono_at(audio_N, rate, RATE), length) for audio_N, length in zip(decoded, lengths, strict=True)]
-
-
-def fitted(audio_N: np.ndarray, length: int) -> np.ndarray:
-  """Cut, or with zeros after its end: rates leave a sample more or less, and some models drop the tail."""
-  return np.pad(audio_N[:length], (0, max(0, length - len(audio_N))))
 
 
 def load_models(model: str, others: Iterable[str]) -> list[Model]:

@@ -10,7 +10,7 @@ import numpy as np
 import soundfile
 
 import lmspt_jax
-from lmspt_jax.evaluation.speaker import speaker_embedding
+from lmspt_jax.measures.speaker import speaker_embedding
 
 # The package cuts silences with it before it embeds, which is not done here; it needs an old setuptools.
 sys.modules.setdefault('webrtcvad', types.ModuleType('webrtcvad'))

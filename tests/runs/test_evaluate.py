@@ -16,11 +16,13 @@ from _tiny_run import write_run
 from lmspt_jax.cli.main import main
 from lmspt_jax.convert.whisper import load_whisper
 from lmspt_jax.errors import LmsptError
-from lmspt_jax.evaluation import quality, report, run, signal, statistics, summary
-from lmspt_jax.evaluation.names import METRICS
+from lmspt_jax.evaluation import report, run, summary
 from lmspt_jax.evaluation.run import METRICS_FILE, ROWS_FILE, Settings, evaluate
-from lmspt_jax.evaluation.systems import BASELINES, language_code, load_models
+from lmspt_jax.evaluation.systems import BASELINES, load_models
 from lmspt_jax.inference.tokenizer import PATHS, Tokenizer
+from lmspt_jax.measures import ears, quality, signal, statistics
+from lmspt_jax.measures.ears import language_code
+from lmspt_jax.measures.names import METRICS
 from lmspt_jax.models.whisper_decoding import Listener
 
 SPOKEN = ('asterisk-vm-reachoper', 'asterisk-queue-thereare')
@@ -56,7 +58,7 @@ def evaluated(tiny_run, recordings, tmp_path_factory):
   out = tmp_path_factory.mktemp('evaluated')
   other = write_run(out / 'other', name='other')
   with pytest.MonkeyPatch.context() as patch:
-    patch.setattr(run, 'Listener', functools.partial(Listener, max_tokens=12))  # noise can be heard as a long text
+    patch.setattr(ears, 'Listener', functools.partial(Listener, max_tokens=12))  # noise can be heard as a long text
     patch.setattr(run, 'load_whisper', _five_seconds)
     # The slowest of all; tests/test_evaluation_metrics.py has it.
     patch.setattr(quality, 'dnsmos_scores', lambda audio_N: dict.fromkeys(quality.NAMES.values(), float(audio_N.max())))

@@ -9,7 +9,7 @@ from __future__ import annotations
 import numpy as np
 import pyworld
 
-from lmspt_jax.evaluation.undefined import Undefined
+from lmspt_jax.measures.undefined import Undefined
 
 RATE = 16_000  # Hz
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from lmspt_jax.evaluation.statistics import ratio, spread
+from lmspt_jax.measures.statistics import ratio, spread
 
 NGRAMS = (2, 3)
 

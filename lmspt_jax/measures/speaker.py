@@ -21,8 +21,8 @@ import numpy as np
 from jax import Array
 
 from lmspt_jax.errors import LmsptError
-from lmspt_jax.evaluation.undefined import Undefined
 from lmspt_jax.files import read_plain, sha256
+from lmspt_jax.measures.undefined import Undefined
 
 RATE = 16_000  # Hz
 SHA256 = '39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e'

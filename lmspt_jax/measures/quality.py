@@ -12,7 +12,7 @@ import numpy as np
 import onnxruntime
 from speechmos import dnsmos
 
-from lmspt_jax.evaluation.undefined import Undefined
+from lmspt_jax.measures.undefined import Undefined
 
 RATE = 16_000  # Hz
 _SILENCE = 1e-4  # a peak below -80 dBFS

@@ -13,7 +13,7 @@ import jiwer
 from whisper_normalizer.basic import BasicTextNormalizer
 from whisper_normalizer.english import EnglishTextNormalizer
 
-from lmspt_jax.evaluation.undefined import Undefined
+from lmspt_jax.measures.undefined import Undefined
 
 # Written without spaces: their letters are compared, as Whisper's authors do.
 WITHOUT_SPACES = ('zh', 'ja', 'th', 'lo', 'my', 'yue')
