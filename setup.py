@@ -22,11 +22,12 @@ CORE = [
   'numpy>=2.0',
   'optax>=0.2.8,<0.3',
   'orbax-checkpoint>=0.12.8,<0.13',
+  'pillow>=10',  # tensorboardX makes pictures with it, and doesn't bring it along
   'pyarrow>=18',  # indexes of data, and parquet sources
   'safetensors>=0.5',
   'soundfile>=0.13',
   'soxr>=0.5',
-  'tensorboardX>=2.6',  # TensorBoard scalars without TensorFlow
+  'tensorboardX>=2.6',  # TensorBoard without TensorFlow
   'tensorflow-datasets>=4.9.10,<5',  # reads prepared datasets without TensorFlow, which it does not depend on
   'tqdm>=4.66',
 ]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import re
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -38,7 +39,7 @@ def perplexity(counts: np.ndarray) -> float:
 
 
 class MetricWriter:
-  """`metrics.jsonl` and TensorBoard scalars in a run's folder.
+  """`metrics.jsonl` and TensorBoard's files (scalars, audio, pictures) in a run's folder.
 
   A run that resumes at a step drops the rows after it, so the file reads as if nothing had happened. One that starts
   at 0 is fresh, whatever a killed run has left here: it drops them all. Without a folder nothing is written.
@@ -66,11 +67,26 @@ class MetricWriter:
       if math.isfinite(value):
         self._board.add_scalar(name, value, step)
 
+  def add_audio(self, step: int, name: str, audio_N: np.ndarray, rate: int) -> None:
+    """float [N] at `rate` Hz, clipped to [-1, 1], for TensorBoard."""
+    if self._file is not None:
+      self._board.add_audio(_tag(name), np.clip(audio_N, -1, 1), step, sample_rate=rate)
+
+  def add_picture(self, step: int, name: str, grey_HW: np.ndarray) -> None:
+    """uint8 [height, width] for TensorBoard."""
+    if self._file is not None:
+      self._board.add_image(_tag(name), grey_HW, step, dataformats='HW')
+
   def close(self) -> None:
     if self._file is None:
       return
     self._file.close()
     self._board.close()
+
+
+def _tag(name: str) -> str:
+  """As TensorBoard takes it: what strangers call their recordings may hold anything."""
+  return re.sub(r'[^-/\w.]', '_', name)
 
 
 def drop_rows_after(path: Path, step: int) -> int:

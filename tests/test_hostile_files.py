@@ -218,9 +218,9 @@ def test_records_of_checkpoints(valid, change, words):
 
 
 def test_arrays_that_their_files_could_not_hold(valid, monkeypatch):
-  from lmspt_jax import checkpoint
+  from lmspt_jax.checkpoint import saved
   folder = valid('run')
-  monkeypatch.setattr(checkpoint, '_MAX_RATIO', 0.1)
+  monkeypatch.setattr(saved, '_MAX_RATIO', 0.1)
   refused('run', folder, 'which no training writes')
 
 

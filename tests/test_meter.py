@@ -18,6 +18,7 @@ from lmspt_jax.metrics import mean
 from lmspt_jax.models.convolution2d import convolution
 from lmspt_jax.models.layers import transposed_convolution
 from lmspt_jax.training import loop, meter
+from lmspt_jax.training.alarms import Alarms
 from lmspt_jax.training.flops import RECOMPUTED, count_flops
 from lmspt_jax.training.meter import Goodput, Meter, peak_flops
 
@@ -66,7 +67,7 @@ def rows():
 def make_meter(rows, goodput, flops=0, peak=None, **train):
   skipped = SimpleNamespace(update=lambda step, found: found, total=0)
   config = replaced(TINY, **{f'train__{key}': value for key, value in train.items()})
-  return Meter(config, rows, rows, skipped, flops=flops, peak_flops=peak, goodput=goodput)
+  return Meter(config, rows, rows, skipped, Alarms(config), flops=flops, peak_flops=peak, goodput=goodput)
 
 
 def found(audio_seconds=8.0):

@@ -22,8 +22,8 @@ from lmspt_jax.errors import LmsptError, nearest
 
 PREFIX = '--config.'
 # Help of verbs that take one.
-MODEL = ("a run's workdir, a folder written by lmspt export, a .safetensors file in the layout of the authors' "
-         'release, or hf://org/name[@revision]')
+MODEL = ("a run's workdir (its newest checkpoint; WORKDIR@best, WORKDIR@STEP), a folder written by lmspt export, a "
+         ".safetensors file in the layout of the authors' release, or hf://org/name[@revision]")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

@@ -63,6 +63,8 @@ def _model(model: str) -> list[tuple[str, str]]:
   ]
   rows += [(f'  {name}', f'{count / 1e6:.2f} M') for name, count in sizes.items() if count]
   rows.append(('teacher', found.teacher_id or 'none'))
+  if found.best is not None:
+    rows.append(('best', f'step {found.best.step}, {found.best.metric} {found.best.value:.4g}'))
   rows.append(('licence', found.provenance.license))
   return rows
 

@@ -10,8 +10,8 @@ from typing import Any
 FREE_FIELDS = re.compile('|'.join((
     r'data\.num_workers', r'data\.max_fault_rate', r'data\.train\.\d+\.uri', r'mesh\.\w+',
     r'compute\.(accumulation|remat_\w+|tpu_convolution_target)',
-    r'train\.(log_every|eval_every|eval_utterances|eval_audio|eval_seconds)',
-    r'train\.(checkpoint_every|keep_checkpoints|max_skipped_steps)')))
+    r'train\.(log_every|eval_every|eval_utterances|eval_audio|eval_seconds|eval_metrics|eval_asr)',
+    r'train\.(checkpoint_every|keep_checkpoints|best_metric|max_skipped_steps)')))
 
 
 def changed_fields(before: dict[str, Any], now: dict[str, Any]) -> dict[str, str]:

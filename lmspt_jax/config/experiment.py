@@ -220,8 +220,11 @@ class TrainConfig:
   eval_utterances: int = 64  # at most, for the held-out figures
   eval_audio: int = 4  # of these are written as wav files
   eval_seconds: float = 6.0  # held-out utterances are cut or padded to this length
+  eval_metrics: str = ''  # of `lmspt evaluate`, e.g. 'wer,pesq,dnsmos', or 'all': taken of them too, by host 0
+  eval_asr: str = 'package:tiny.en'  # Whisper that transcribes for wer and cer
   checkpoint_every: int = 2_000  # steps; the last step is always saved
-  keep_checkpoints: int = 3
+  keep_checkpoints: int = 3  # the newest
+  best_metric: str = ''  # e.g. 'held_out/full/pesq': the checkpoint of the best evaluation by it is kept besides
   ema_decay: float = 0.999  # moving average of the generator, the one that is evaluated and exported; 0: none
   freeze: str = ''  # REGEX: parameters and codebooks in whose path it is found stay as they are, e.g. semantic_
   max_skipped_steps: int = 10  # in a row, for losses or gradients that are not finite, before training stops

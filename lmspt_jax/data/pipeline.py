@@ -209,13 +209,14 @@ def held_out_utterances(config: DataConfig, sample_rate: int, num_samples: int, 
 
   Returns:
     audio float32 [n, num_samples], the utterance's beginning, zeros to its right; num_samples int32 [n], the
-    samples that are not padding; ids and texts, lists of n strings. n <= limit.
+    samples that are not padding; ids, texts and languages, lists of n strings; whole, list of n bool, whether nothing
+    was cut off. n <= limit.
 
   Raises:
     LmsptError: no data, or none of it can be used.
   """
   source = open_source(config.held_out, config.held_out_split)
-  audio, ids, texts = [], [], []
+  audio, ids, texts, languages, whole = [], [], [], [], []
   for index in range(len(source)):
     if len(audio) == limit:
       break
@@ -223,14 +224,17 @@ def held_out_utterances(config: DataConfig, sample_rate: int, num_samples: int, 
       utterance = source[index]
       with utterance.open() as file:
         audio.append(crop_mono(file, 0, num_samples, sample_rate, name=utterance.name))
+        whole.append(resampled_length(file.frames, file.samplerate, sample_rate) <= num_samples)
     except AudioError as error:
       _log.warning('held-out data: skipped, %s', error)
       continue
     ids.append(utterance.id)
     texts.append(utterance.text)
+    languages.append(utterance.language)
   if not audio:
     raise LmsptError(f'data {config.held_out!r}: none of its {len(source)} utterances can be used')
   padded = np.zeros((len(audio), num_samples), np.float32)
   for row, samples in zip(padded, audio, strict=True):
     row[:len(samples)] = samples
-  return {'audio': padded, 'num_samples': np.array([len(a) for a in audio], np.int32), 'ids': ids, 'texts': texts}
+  return {'audio': padded, 'num_samples': np.array([len(a) for a in audio], np.int32), 'ids': ids, 'texts': texts,
+          'languages': languages, 'whole': whole}

@@ -11,7 +11,7 @@ import matplotlib
 import numpy as np
 from matplotlib import image
 
-from lmspt_jax.audio.mel import mel_filters
+from lmspt_jax.measures import pictures
 
 RATE = 16_000  # Hz
 MAX_DOTS = 200  # of a distribution's row
@@ -81,10 +81,7 @@ def _svg(width: int, height: float, label: str, parts: Sequence[str], stretch: b
 
 def spectrogram(audio_N: np.ndarray) -> str:
   """PNG data URI: 80 mel bands over time, a pixel column 10 ms, 80 dB below full scale black."""
-  size, hop = 512, RATE // 100
-  frames = np.lib.stride_tricks.sliding_window_view(np.pad(audio_N, size // 2), size)[::hop]
-  power_TM = np.abs(np.fft.rfft(frames * np.hanning(size))) ** 2 @ mel_filters(RATE, size, 80)
-  return _png(np.clip(10 * np.log10(np.maximum(power_TM, 1e-12)).T + 60, 0, 80) / 80, 'magma')
+  return _png(pictures.spectrogram(audio_N), 'magma')
 
 
 def token_grid(ids_KT: np.ndarray, sizes: Sequence[int]) -> str:

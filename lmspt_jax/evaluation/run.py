@@ -20,6 +20,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from lmspt_jax.checkpoint import run_and_which
 from lmspt_jax.convert.whisper import load_whisper
 from lmspt_jax.data.dataset_info import write_atomic
 from lmspt_jax.data.sources import Source, open_source
@@ -113,7 +114,8 @@ def evaluate(settings: Settings, out: str | Path, processes: int | None = None) 
   write_atomic(out / METRICS_FILE, json.dumps(found, indent=2, ensure_ascii=False) + '\n')
   chosen, worst = ([_example(rows[number], load(source, number), models[0]) for number in numbers]
                    for numbers in report.choose(rows))
-  write_atomic(out / report.REPORT_FILE, report.page(found, rows, chosen, worst, report.run_curves(settings.model)))
+  curves = report.run_curves(str(run_and_which(settings.model)[0]))
+  write_atomic(out / report.REPORT_FILE, report.page(found, rows, chosen, worst, curves))
   return found
 
 

@@ -6,7 +6,7 @@ through JAX's coordination service (`gather`). A host that fails tells the other
 is taken for lost, and the others leave with EXIT_RESUME instead of waiting for it in a collective for ever.
 """
 
-from lmspt_jax.hosts.agreement import Exchange, check_same, gather, is_writer, whole_batch
+from lmspt_jax.hosts.agreement import Exchange, check_same, gather, is_writer, told_by_writer, whole_batch
 from lmspt_jax.hosts.joining import fail, start
 
-__all__ = ['Exchange', 'check_same', 'fail', 'gather', 'is_writer', 'start', 'whole_batch']
+__all__ = ['Exchange', 'check_same', 'fail', 'gather', 'is_writer', 'start', 'told_by_writer', 'whole_batch']

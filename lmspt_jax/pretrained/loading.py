@@ -1,6 +1,7 @@
 """MODEL, as commands and `Tokenizer.from_pretrained` take it, to a trained model:
 
-  DIR                        a run's workdir, or a folder written by `lmspt export`
+  DIR                        a run's workdir (its newest checkpoint), or a folder written by `lmspt export`
+  DIR@best, DIR@STEP         another checkpoint of a run: the best one by train.best_metric, or that of a step
   FILE.safetensors           in the layout of the authors' release
   hf://org/name[@revision]   such a folder, or one such file, from the Hugging Face hub
 """
@@ -37,29 +38,31 @@ def load(model: str | os.PathLike, config: ModelConfig | None = None, average: b
   Raises:
     LmsptError: there is no model there, or not the config's.
   """
-  text, path = str(model), Path(model)
+  text = str(model)
+  path, which = checkpoint.run_and_which(model)
   if text.startswith(hub.SCHEME):
     return _from_hub(text, config)
-  if path.suffix == '.safetensors':
+  if path.suffix == '.safetensors' and not which:
     return _from_file(path, config)
-  kinds = ("a run's workdir (the --workdir of lmspt train), a folder written by lmspt export, a .safetensors file of "
-           "the release's layout, or hf://org/name")
+  kinds = ("a run's workdir (the --workdir of lmspt train, with @best or @STEP after it for another checkpoint), a "
+           "folder written by lmspt export, a .safetensors file of the release's layout, or hf://org/name")
   if not path.exists():
     raise LmsptError(f'{text}: no such model; give {kinds}')
   if not path.is_dir():
     raise LmsptError(f'{text}: not a model; give {kinds}')
-  if (path / checkpoint.FOLDER).is_dir():
-    return _from_run(path, config, average)
+  if which or (path / checkpoint.FOLDER).is_dir():
+    return _from_run(text, config, average)
   return _from_folder(path, config)
 
 
-def _from_run(path: Path, config: ModelConfig | None, average: bool) -> TrainedModel:
-  _refuse(config, path)
-  found = checkpoint.restore_for_inference(path, average)
+def _from_run(run: str, config: ModelConfig | None, average: bool) -> TrainedModel:
+  _refuse(config, run)
+  found = checkpoint.restore_for_inference(run, average)
   weights = 'average' if average and found.config.train.ema_decay else 'last'
-  trace = lambda: provenance.of_run(found.config.data.train, path, found.step)
-  return TrainedModel(found.config, found.params, found.codebooks, found.step, found.teacher_id, weights, str(path),
-                      trace=trace)
+  workdir, _ = checkpoint.run_and_which(run)
+  trace = lambda: provenance.of_run(found.config.data.train, workdir, found.step)
+  return TrainedModel(found.config, found.params, found.codebooks, found.step, found.teacher_id, weights, run,
+                      best=found.best, trace=trace)
 
 
 def _from_file(path: Path, config: ModelConfig | None, license: str = '') -> TrainedModel:
@@ -103,6 +106,6 @@ def _license_of_card(path: Path) -> str:
   return found[1] if found else ''
 
 
-def _refuse(config: ModelConfig | None, path: Path) -> None:
+def _refuse(config: ModelConfig | None, path: str | Path) -> None:
   if config is not None:
     raise LmsptError(f'{path}: has a config of its own; give config with a .safetensors file alone')

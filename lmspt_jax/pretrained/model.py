@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from lmspt_jax.checkpoint import Best
 from lmspt_jax.config import ExperimentConfig, ModelConfig, to_dict
 from lmspt_jax.convert.release import STATISTICS
 from lmspt_jax.convert.release_file import ReleaseCheckpoint
@@ -31,6 +32,7 @@ class TrainedModel:
     source: where it was loaded from; of the hub with the commit.
     usage: of a release file, how often codes are drawn (`ReleaseCheckpoint.usage`).
     trace: looks up the provenance. Not at once, as that opens a run's training data.
+    best: of a run, its best step up to this one; None where it has none.
   """
 
   config: ExperimentConfig
@@ -42,6 +44,7 @@ class TrainedModel:
   source: str = ''
   usage: Mapping[str, np.ndarray] = field(default_factory=dict)
   trace: Callable[[], Provenance] = lambda: Provenance('not known')
+  best: Best | None = None
 
   @functools.cached_property
   def provenance(self) -> Provenance:

@@ -39,8 +39,8 @@ class Updated:
   Attributes:
     params, codebooks: tokenizer parameters and codebook states, changed.
     metrics: per part `usage_PART`, share of a codebook's codes drawn in this global batch, and `perplexity_PART`, both
-      averaged over its codebooks. With `quirks.pooled_usage`, usage is the release's: codes that any codebook has ever
-      drawn.
+      averaged over its codebooks, and `least_perplexity_PART`, of the one that is worth least. With
+      `quirks.pooled_usage`, usage is the release's: codes that any codebook has ever drawn.
     revived: by each codebook's path in {'params', 'codebooks'}, which of its codes were replaced: bool [S], or None
       where none ever is.
   """
@@ -178,6 +178,7 @@ def update(key: Array, step: Array, num_steps: int, config: ModelConfig, quirks:
     usage = jnp.mean(jnp.any(jnp.stack(ever), axis=0)) if ever else jnp.mean(jnp.stack(drawn))
     metrics[f'usage_{part}'] = (usage, jnp.ones(()))
     metrics[f'perplexity_{part}'] = (jnp.mean(jnp.stack(perplexities)), jnp.ones(()))
+    metrics[f'least_perplexity_{part}'] = (jnp.min(jnp.stack(perplexities)), jnp.ones(()))
   return Updated(params, codebooks, metrics, revived)
 
 

@@ -17,6 +17,7 @@ from lmspt_jax.chips import chip_of
 from lmspt_jax.config import ExperimentConfig
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.hosts import is_writer
+from lmspt_jax.training.alarms import Alarms
 from lmspt_jax.training.nonfinite import SkippedSteps
 
 _FIRST_START = 'first_start.json'
@@ -75,14 +76,16 @@ class Meter:
     config: the run's.
     writer, bar: where they go.
     skipped: told of every step's metrics first.
+    alarms: told of every row.
     flops: operations of a step over all devices (`flops.count_flops`).
     peak_flops: what all devices could do in a second; None leaves the utilisation out.
     goodput: told of every step's seconds.
   """
 
   def __init__(self, config: ExperimentConfig, writer: metrics_lib.MetricWriter, bar: tqdm, skipped: SkippedSteps,
-               *, flops: int, peak_flops: float | None, goodput: Goodput):
+               alarms: Alarms, *, flops: int, peak_flops: float | None, goodput: Goodput):
     self._config, self._writer, self._bar, self._skipped = config, writer, bar, skipped
+    self._alarms = alarms
     self._flops, self._peak_flops, self._goodput = flops, peak_flops, goodput
     self._pending: tuple[int, dict] | None = None
     self._sums: dict[str, tuple] = {}
@@ -129,13 +132,17 @@ class Meter:
     values['skipped_steps'] = self._skipped.total
     self._sums = {}
     self._steps, self._audio_seconds, self._waited, self._row_start = 0, 0.0, 0.0, now
-    self._writer.write(step, values)
+    alarms, lines = self._alarms.update(step, values)
+    self._writer.write(step, values | alarms)
+    for line in lines if is_writer() else ():
+      self._bar.write(line)
     used = values.get('model_flop_utilisation')
     text = (
         f'mel {values["loss/mel"]:.2f}, distill {values["loss/distillation"]:.3f}, '
         f'd {values["loss/discriminator"]:.2f}, {values["audio_seconds_per_second"]:.1f} audio s/s'
         + (f', {used:.1%} of peak' if used is not None else '')
-        + (f', {values["waiting_for_data"]:.0%} waiting' if values['waiting_for_data'] > 0.05 else ''))
+        + (f', {values["waiting_for_data"]:.0%} waiting' if values['waiting_for_data'] > 0.05 else '')
+        + ''.join(f', {mark.upper()}' for mark in self._alarms.marks))
     if not self._bar.disable:
       self._bar.set_postfix_str(text)
     elif is_writer():  # no terminal: a line for the log
