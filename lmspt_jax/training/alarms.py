@@ -35,8 +35,8 @@ class CodebookCollapse:
   """A codebook draws few of its codes: in a batch they are worth less than SHARE of what they could be at most.
 
   A batch of F frames shows at most min(F, size) equally likely codes (perplexity); the least of a part's codebooks
-  counts. Speech is not evenly spread, so a sound codebook stays well below: the demo run's (320 frames a batch, 1024
-  codes) is never under 19 %, while one that has collapsed is worth a handful of codes whatever its size. Codebooks of
+  counts. Speech is not evenly spread, so a sound codebook stays well below: the demo run's semantic one (320 frames a
+  batch, 1024 codes) is never under 19 %, while one that has collapsed is worth a handful of codes whatever its size. Codebooks of
   fewer than SMALLEST codes are left alone: there, a handful is all there is.
   """
 
@@ -50,7 +50,8 @@ class CodebookCollapse:
 
   def __call__(self, row: Mapping[str, float]) -> str | None:
     found = {part: row.get(f'codebook/least_perplexity_{part}', math.nan) for part in self._least}
-    if not all(map(math.isfinite, found.values())):
+    found = {part: value for part, value in found.items() if math.isfinite(value)}
+    if not found:
       return None
     return ', '.join(f'{part} perplexity {value:.3g}, under {self._least[part]:.3g}' for part, value in found.items()
                      if value < self._least[part])
