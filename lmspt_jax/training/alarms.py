@@ -36,8 +36,8 @@ class CodebookCollapse:
 
   A batch of F frames shows at most min(F, size) equally likely codes (perplexity); the least of a part's codebooks
   counts. Speech is not evenly spread, so a sound codebook stays well below: the demo run's semantic one (320 frames a
-  batch, 1024 codes) is never under 19 %, while one that has collapsed is worth a handful of codes whatever its size. Codebooks of
-  fewer than SMALLEST codes are left alone: there, a handful is all there is.
+  batch, 1024 codes) is never under 19 %, while one that has collapsed is worth a handful of codes whatever its size.
+  Codebooks of fewer than SMALLEST codes are left alone: there, a handful is all there is.
   """
 
   SHARE, SMALLEST = 0.05, 64

@@ -148,10 +148,10 @@ def show(samples: Sequence[Sample], step: int, folder: Path, writer: metrics_lib
   """Writes wav files to `folder`, and to TensorBoard the same audio and, below each other, its spectrograms."""
   folder.mkdir(parents=True, exist_ok=True)
   for one in samples:
-    heard = {}
+    heard, name = {}, one.name.replace('/', '_')
     for kind, wave_N in one.waves.items():
-      write_wav(folder / f'{one.name}.{kind}.wav', wave_N, one.rates[kind])
-      writer.add_audio(step, f'held_out/{one.name}/{kind}', wave_N, one.rates[kind])
+      write_wav(folder / f'{name}.{kind}.wav', wave_N, one.rates[kind])
+      writer.add_audio(step, f'held_out/{name}/{kind}', wave_N, one.rates[kind])
       heard[kind] = to_mono_at(wave_N, one.rates[kind], RATE)
     heard = [fitted(audio_N, len(heard[ORIGINAL])) for audio_N in heard.values()]
-    writer.add_picture(step, f'held_out/{one.name}/{"_".join(one.waves)}', aligned_spectrograms(heard))
+    writer.add_picture(step, f'held_out/{name}/{"_".join(one.waves)}', aligned_spectrograms(heard))
