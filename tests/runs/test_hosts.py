@@ -32,7 +32,8 @@ EVERY = 10
 CONFIG = replaced(
     TINY, train__num_steps=STEPS, train__checkpoint_every=EVERY, data__batch_size=8, data__crop_seconds=0.2,
     data__held_out='package:speech_sample', train__eval_every=EVERY, train__eval_utterances=10, train__eval_audio=1,
-    train__eval_seconds=0.4, discriminator__fft_sizes=(), loss__mel_bins=(20,), loss__mel_windows=(256,),
+    train__eval_seconds=0.4, train__eval_metrics='mel_distance', train__best_metric='held_out/full/mel_distance',
+    discriminator__fft_sizes=(), loss__mel_bins=(20,), loss__mel_windows=(256,),
     generator_optimizer__learning_rate=1e-4, discriminator_optimizer__learning_rate=1e-4,
     model__shared_encoder=True, model__encoder_strides=(320,), model__decoder_rates=(320,),
     model__resynthesis_rates=(320,), model__acoustic__kind='ema', model__acoustic__data_init=False,
@@ -236,8 +237,20 @@ def test_losses_are_those_of_one_process(one, two):
         assert row[name] == pytest.approx(reference[name], rel=1e-4), (reference['step'], name)
       elif name.startswith('codebook/'):
         assert row[name] == pytest.approx(reference[name], rel=1e-6), (reference['step'], name)
-  assert {'loss/generator', 'loss/discriminator', 'held_out/mel', 'held_out/perplexity_semantic'} <= compared
+  assert {'loss/generator', 'loss/discriminator', 'held_out/mel', 'held_out/perplexity_semantic',
+          'held_out/resynthesis/mel_distance'} <= compared
   assert len({row['loss/mel'] for row in found if 'loss/mel' in row}) == STEPS
+
+
+def test_the_best_is_that_of_one_process(one, two):
+  records = []
+  for run in (one, two):
+    with CheckpointStore(run.workdir) as store:
+      records.append(store.record(STEPS)['best'])
+    name, step, value = (records[-1][key] for key in ('metric', 'step', 'value'))
+    evaluated = {row['step']: row[name] for row in rows(run.workdir) if row['step'] and name in row}
+    assert evaluated[step] == value == min(evaluated.values()) and len(evaluated) == 2
+  assert records[0]['step'] == records[1]['step']
 
 
 def test_codes_are_those_of_one_process(one, two):
