@@ -165,5 +165,5 @@ def test_a_discriminator_that_learns_too_fast_raises_the_alarm(config, tmp_path,
 
 def test_slow_data_raises_the_alarm(config, tmp_path, capsys, monkeypatch):
   monkeypatch.setattr(setup, 'training_batches', Batches(setup.training_batches, seconds=1.0))
-  found, lines = alarmed(config, tmp_path / 'run', capsys, train__num_steps=ROWS + 3)  # the first compiles
+  found, lines = alarmed(config, tmp_path / 'run', capsys, train__num_steps=ROWS + 2, train__checkpoint_every=100)
   assert found[-1]['alarm/data_stall'] == 1 and any('% of the time spent waiting for data' in line for line in lines)
