@@ -79,11 +79,14 @@ def here(monkeypatch):
   monkeypatch.setattr(evaluators, 'Pool', lambda processes: measure.Pool(0))
 
 
-def test_they_are_the_metrics_of_evaluate(here):
+def test_they_are_the_metrics_of_evaluate(here, monkeypatch):
   """On the run's mesh; a model at another rate; equal audio is perfect, and noise is what it is by hand."""
   utterances = held_out_utterances(HELD.data, 16_000, 32_000, 2)
   wanted = ('si_sdr', 'mel_distance', 'pitch_error')
-  evaluate = Evaluators(HELD, wanted, utterances)
+  evaluate, meshes = Evaluators(HELD, wanted, utterances), []
+  measure_on_device = evaluators.measure_on_device
+  monkeypatch.setattr(evaluators, 'measure_on_device', lambda *arguments: (
+      meshes.append(jax.sharding.get_abstract_mesh()), measure_on_device(*arguments))[1])
   noise_N = 0.1 * np.random.default_rng(0).standard_normal(32_000).astype(np.float32)
   originals = list(utterances['audio'])
   longer = [np.pad(audio_N, (0, 160)) for audio_N in originals]  # as a decoder may give it
@@ -91,6 +94,7 @@ def test_they_are_the_metrics_of_evaluate(here):
            for audio_N, long_N in zip(originals, longer, strict=True)]
   with jax.set_mesh(jax.make_mesh((1, 1, 1), ('data', 'fsdp', 'tensor'), axis_types=(jax.sharding.AxisType.Auto,) * 3)):
     found = evaluate(waves)
+  assert meshes and all(mesh.empty for mesh in meshes)  # the other hosts of a mesh would not take part
   assert found['full/si_sdr'] == 100 and found['full/mel_distance'] == found['full/pitch_error'] == 0
   by_hand = [(si_sdr(audio_N, audio_N + noise_N), spectral_distances(audio_N, audio_N + noise_N)[0])
              for audio_N in originals]
@@ -154,7 +158,7 @@ def events(folder):
   return [(event.step, value) for event in found for value in event.summary.value]
 
 
-def test_tensorboard_can_play_and_show_them(tmp_path):
+def test_tensorboard_can_play_and_show_them(tmp_path, capsys):
   rates = {'original': 24_000, 'full': 24_000, 'semantic': 24_000, 'resynthesis': 16_000}
   tone = lambda rate, hertz: np.sin(2 * np.pi * hertz * np.arange(rate) / rate).astype(np.float32)
   waves = {kind: tone(rate, hertz) for (kind, rate), hertz in zip(rates.items(), (440, 440, 880, 3000), strict=True)}
@@ -162,6 +166,7 @@ def test_tensorboard_can_play_and_show_them(tmp_path):
   writer = MetricWriter(tmp_path, 0)
   show([Sample('a b/ü', waves, rates)], 7, tmp_path / 'held_out', writer)
   writer.close()
+  assert capsys.readouterr().out == ''  # tensorboardX would tell of clipping
   assert len(list((tmp_path / 'held_out').glob('a b_ü.*.wav'))) == 4
   found = {value.tag: (step, value) for step, value in events(tmp_path / 'tensorboard')}
   assert found.keys() == {f'held_out/a_b_ü/{kind}' for kind in (*rates, 'original_full_semantic_resynthesis')}
