@@ -1,4 +1,4 @@
-"""A training with metrics of `lmspt evaluate`, the best checkpoint and alarms: killed and resumed, it is as in one go."""
+"""A training with held-out metrics, the best checkpoint and alarms: killed and resumed, it is as in one go."""
 
 from __future__ import annotations
 
