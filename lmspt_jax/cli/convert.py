@@ -14,6 +14,8 @@ or of a Whisper
 from __future__ import annotations
 
 import argparse
+import contextlib
+import ctypes
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -23,6 +25,7 @@ from lmspt_jax.errors import LmsptError
 TOKENIZER, WHISPER = 'a tokenizer', 'a Whisper'
 SOURCES = {'run': TOKENIZER, 'release': TOKENIZER, 'folder': TOKENIZER,
            'openai': WHISPER, 'hf': WHISPER, 'ctranslate2': WHISPER, 'package': WHISPER}
+_M_MMAP_THRESHOLD = -3  # malloc.h
 TARGETS = {'release': TOKENIZER, 'folder': TOKENIZER, 'hf': WHISPER}
 
 
@@ -40,6 +43,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+  _give_back_memory()
   kind, source = _parse(args.source, '--from', SOURCES)
   target_kind, target = _parse(args.target, '--to', TARGETS)
   model = SOURCES[kind]
@@ -65,6 +69,12 @@ def run(args: argparse.Namespace) -> int:
     _convert_tokenizer(args, source, target_kind, target)
   print(f'wrote {target}')
   return 0
+
+
+def _give_back_memory() -> None:
+  """Has glibc return what is freed to the system at once: it would keep half a model of what Orbax has read."""
+  with contextlib.suppress(OSError):  # another C library
+    ctypes.CDLL('libc.so.6').mallopt(_M_MMAP_THRESHOLD, 1 << 16)
 
 
 def _convert_tokenizer(args: argparse.Namespace, source: str, target_kind: str, target: str) -> None:
