@@ -182,7 +182,8 @@ def free_port() -> int:
 
 IDLE = ({'IDLE': '1'}, {'IDLE': '1'})
 BRISK = tuple({**where, 'SECONDS': '0.05'} for where in IDLE)  # a while for each step, so that a signal comes amid them
-ALONE = ('--config.data.held_out=', '--config.model.semantic.data_init=false')
+ALONE = ('--config.data.held_out=', '--config.train.eval_metrics=', '--config.train.best_metric=',
+         '--config.model.semantic.data_init=false')
 
 
 @pytest.fixture(scope='module')
