@@ -25,9 +25,10 @@ from lmspt_jax.measures.pictures import spectrogram
 from lmspt_jax.measures.signal import si_sdr
 from lmspt_jax.measures.spectral import spectral_distances
 from lmspt_jax.metrics import MetricWriter
+from lmspt_jax.models.tokenizer import PATHS
 from lmspt_jax.training import evaluators
 from lmspt_jax.training.best import BestEvaluation
-from lmspt_jax.training.evaluators import PATHS, Evaluators, wanted_metrics
+from lmspt_jax.training.evaluators import Evaluators, wanted_metrics
 from lmspt_jax.training.held_out import Sample, in_a_line, show
 
 HELD = replaced(TINY, data__held_out='package:speech_sample', train__eval_seconds=2.0)

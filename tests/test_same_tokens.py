@@ -20,7 +20,7 @@ from lmspt_jax.config import ModelConfig, QuantizerConfig
 from lmspt_jax.data.audio_io import mono_blocks, read_audio, to_mono_at
 from lmspt_jax.inference import windows
 from lmspt_jax.inference.codes import read_codes
-from lmspt_jax.inference.windows import WindowedProgram, cut, rows
+from lmspt_jax.inference.windows import WindowedProgram, cut, filled_rows
 from lmspt_jax.models.folding import folded_tokenizer
 from lmspt_jax.models.inside import Inside
 from lmspt_jax.models.reach import (
@@ -127,8 +127,9 @@ def test_any_windows(tokenizer, recordings, alone, monkeypatch):
   monkeypatch.setattr(windows, 'LEAST_LARGEST', 4 * LARGEST)
   assert other._program('encode').sizes[-1] == other._program('decode').sizes[-1] == 4 * LARGEST
   packed = []
-  rows_of = windows.rows
-  monkeypatch.setattr(windows, 'rows', lambda *given: (packed.append(len(row[1])) or row for row in rows_of(*given)))
+  rows_of = windows.filled_rows
+  monkeypatch.setattr(windows, 'filled_rows', lambda *given: (
+      packed.append(len(row[1])) or row for row in rows_of(*given)))
   codes = other.encode(recordings, sample_rate=RATE)
   assert max(packed) >= 4
   assert digest(codes, other.decode(codes)) == digest(*alone)
@@ -336,7 +337,7 @@ def test_rows_waste_little(seed):
   lengths = np.clip(generator.lognormal(4, 0.6, 2000).astype(int), 1, 256)
   windows_ = (windows.Window(n, np.zeros((length, 1)), 0, (0, length)) for n, length in enumerate(lengths))
   done, evaluated = [], 0
-  for size, row in rows(windows_, sizes, 4):
+  for size, row in filled_rows(windows_, sizes, 4):
     assert sum(map(len, row)) + 4 * (len(row) - 1) <= size
     done += [window.item for window in row]
     evaluated += size
@@ -345,7 +346,7 @@ def test_rows_waste_little(seed):
 
 def test_few_windows_are_not_put_together_at_a_loss():
   sizes = (16, 32, 64, 128, 256)
-  made = lambda *lengths: [(size, [len(window) for window in row]) for size, row in rows(
+  made = lambda *lengths: [(size, [len(window) for window in row]) for size, row in filled_rows(
       (windows.Window(n, np.zeros((length, 1)), 0, (0, length)) for n, length in enumerate(lengths)), sizes, 2)]
   assert made(60, 60, 60) == [(64, [60]), (64, [60]), (64, [60])]  # together they would take 256
   assert made(60, 30, 30, 1) == [(128, [60, 30, 30, 1])]

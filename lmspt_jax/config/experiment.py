@@ -23,6 +23,11 @@ class TeacherConfig:
   window: str = 'crop'  # 'crop': positions of the crop only; 'full': zero-padded to 30 s, as released
   distance: str = 'mse'  # or 'l1'
 
+  @property
+  def source(self) -> str:
+    """The checkpoint in use; '' where there is no teacher."""
+    return '' if self.strategy == 'none' else self.checkpoint
+
   def check(self, name: str = 'teacher') -> None:
     require(self.strategy in ('resynthesis', 'pooled', 'none'), f'{name}.strategy', self.strategy,
              "use 'resynthesis', 'pooled' or 'none'")

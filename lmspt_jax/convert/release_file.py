@@ -73,7 +73,7 @@ def read_release(path: str | Path, config: ModelConfig | None = None) -> Release
 
 
 def write_release(path: str | Path, checkpoint: ReleaseCheckpoint) -> None:
-  """Writes a file that the PyTorch model loads strictly (`safetensors.torch.load_model`); whole or not at all.
+  """Writes a file that the PyTorch model loads strictly, with safetensors' `load_model`; whole or not at all.
 
   Usage buffers that `checkpoint.usage` lacks are zero, as in a model that was never trained.
   """

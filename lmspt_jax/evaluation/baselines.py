@@ -16,8 +16,8 @@ import numpy as np
 import soundfile
 
 from lmspt_jax.data.audio_io import to_mono_at
+from lmspt_jax.measures.measure import RATE
 
-RATE = 16_000  # Hz
 NARROW = 8_000  # Hz
 OPUS = (6_000, 12_000)  # bits per second asked for
 # Bits per second of a mode, and samples at 8 kHz that it is late by: where the mel spectrograms of original and decoded

@@ -13,7 +13,6 @@ from matplotlib import image
 
 from lmspt_jax.measures import pictures
 
-RATE = 16_000  # Hz
 MAX_DOTS = 200  # of a distribution's row
 MAX_POINTS = 400  # of a line
 _WIDTH = 400  # of a chart's own units: a little more than the pixels it is shown at

@@ -19,6 +19,7 @@ import numpy as np
 import soundfile
 
 from lmspt_jax.evaluation import charts
+from lmspt_jax.measures.measure import RATE
 from lmspt_jax.measures.names import METRICS
 from lmspt_jax.measures.words import text_errors
 
@@ -239,7 +240,7 @@ def _system(example: Example, system: str) -> str:
 def _wav(audio_N: np.ndarray) -> bytes:
   """16-bit PCM: what every browser plays (Chromium refuses a FLAC of a single frame)."""
   buffer = io.BytesIO()
-  soundfile.write(buffer, np.clip(audio_N, -1, 1), charts.RATE, format='WAV', subtype='PCM_16')
+  soundfile.write(buffer, np.clip(audio_N, -1, 1), RATE, format='WAV', subtype='PCM_16')
   return buffer.getvalue()
 
 

@@ -145,8 +145,7 @@ class _Ears(Ears):
 def _own_teacher(model: Model) -> str:
   """Of a run; files and exported folders have no teacher's checkpoint in their config."""
   trained = model.tokenizer.model
-  is_run, teacher = bool(trained.weights), trained.config.teacher
-  return teacher.checkpoint if is_run and teacher.strategy != 'none' else ''
+  return trained.config.teacher.source if trained.weights else ''
 
 
 def _measure(recordings: Sequence[Recording], models: Sequence[Model], ears: _Ears,

@@ -27,13 +27,12 @@ from lmspt_jax.models.folding import folded_tokenizer
 from lmspt_jax.models.inside import Inside
 from lmspt_jax.models.past import Past
 from lmspt_jax.models.reach import REACH_AND_GAP
+from lmspt_jax.models.tokenizer import PATHS
 from lmspt_jax.pretrained.loading import load
 from lmspt_jax.pretrained.model import TrainedModel
 
 __all__ = ['PATHS', 'Codes', 'Tokenizer']
 
-# Ways from codes to speech.
-PATHS = ('full', 'semantic', 'resynthesis')
 # Windows in one call of a program. A CPU is busy with one; an accelerator is not.
 _ROWS, _ROWS_ON_CPU = 4, 1
 # Calls under way: of an accelerator one that is computed and one on its way; of a CPU few, as each takes memory.

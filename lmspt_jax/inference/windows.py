@@ -81,7 +81,7 @@ def cut(item: int, blocks: Iterable[np.ndarray], largest: int, reach: Reach) -> 
   yield Window(item, np.concatenate(waiting), position, (first, count))
 
 
-def rows(windows: Iterable[Window], sizes: Sequence[int], gap: int) -> Iterator[tuple[int, list[Window]]]:
+def filled_rows(windows: Iterable[Window], sizes: Sequence[int], gap: int) -> Iterator[tuple[int, list[Window]]]:
   """Rows of windows: (the smallest size that holds them, those that are in it, in order).
 
   What does not fill a row waits for others, AHEAD rows of it at most; a single item's windows come in order.
@@ -146,7 +146,7 @@ class WindowedProgram:
     """
     windows = (window for number, blocks in enumerate(items)
                for window in cut(number, blocks, self.sizes[-1], self.reach))
-    calls = self._calls(rows(windows, self.sizes, self.gap))
+    calls = self._calls(filled_rows(windows, self.sizes, self.gap))
     running: collections.deque[Future[list[tuple[int, int, np.ndarray]]]] = collections.deque()
     with ThreadPoolExecutor(self._streams, thread_name_prefix='lmspt-windows') as pool:
       for turn, (size, filled) in enumerate(calls):

@@ -9,9 +9,8 @@ from __future__ import annotations
 import numpy as np
 import pyworld
 
+from lmspt_jax.measures.measure import RATE
 from lmspt_jax.measures.undefined import Undefined
-
-RATE = 16_000  # Hz
 
 
 def pitch_track(audio_N: np.ndarray) -> np.ndarray:

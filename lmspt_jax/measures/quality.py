@@ -12,9 +12,9 @@ import numpy as np
 import onnxruntime
 from speechmos import dnsmos
 
+from lmspt_jax.measures.measure import RATE
 from lmspt_jax.measures.undefined import Undefined
 
-RATE = 16_000  # Hz
 _SILENCE = 1e-4  # a peak below -80 dBFS
 # The package's names to those here: overall, speech, background (P.835), and overall (P.808).
 NAMES = {'ovrl_mos': 'dnsmos', 'sig_mos': 'dnsmos_speech', 'bak_mos': 'dnsmos_background', 'p808_mos': 'dnsmos_p808'}

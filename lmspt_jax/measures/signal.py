@@ -12,9 +12,9 @@ import numpy as np
 from pesq import PesqError, pesq
 from pystoi import stoi
 
+from lmspt_jax.measures.measure import RATE
 from lmspt_jax.measures.undefined import Undefined
 
-RATE = 16_000  # Hz
 MAX_PESQ = 30  # seconds: P.862 is for no longer ones, and its code has room for 50 utterances
 MOST_SI_SDR = 100.0  # dB: what is nearer is float32's rounding
 

@@ -22,9 +22,9 @@ from jax import Array
 
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.files import read_plain, sha256
+from lmspt_jax.measures.measure import RATE
 from lmspt_jax.measures.undefined import Undefined
 
-RATE = 16_000  # Hz
 SHA256 = '39373b86598fa3da9fcddee6142382efe09777e8d37dc9c0561f41f0070f134e'
 WAY_OUT = 'pip install --no-deps resemblyzer==0.1.4'
 _LAYERS, _WIDTH, _BANDS = 3, 256, 40

@@ -14,8 +14,8 @@ import numpy as np
 
 from lmspt_jax.audio.stft import stft
 from lmspt_jax.losses.mel import FLOOR, multi_scale_mel_loss
+from lmspt_jax.measures.measure import RATE
 
-RATE = 16_000  # Hz
 MEL_BINS, MEL_WINDOWS = (40, 80, 160, 320), (256, 512, 1024, 2048)
 STFT_WINDOWS = (2048, 512)
 _MARGIN = max(*MEL_WINDOWS, *STFT_WINDOWS)  # zeros after every recording, so that all end alike

@@ -25,6 +25,9 @@ from lmspt_jax.models.layers import fit_length
 from lmspt_jax.models.past import Past
 from lmspt_jax.models.quantizers import CodebookState, QuantizerOutput, ResidualQuantizer
 
+# Ways from codes to speech.
+PATHS = ('full', 'semantic', 'resynthesis')
+
 
 @struct.dataclass
 class TokenizerOutput:

@@ -10,7 +10,7 @@ from lmspt_jax.checkpoint import Best
 from lmspt_jax.config import ExperimentConfig
 from lmspt_jax.errors import LmsptError
 from lmspt_jax.measures.names import METRICS
-from lmspt_jax.training.evaluators import PATHS
+from lmspt_jax.models.tokenizer import PATHS
 
 HELD_OUT = 'held_out/'
 # Which way is better, of what every evaluation measures.

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from lmspt_jax import hosts
-from lmspt_jax.config import ExperimentConfig, TeacherConfig
+from lmspt_jax.config import ExperimentConfig
 from lmspt_jax.convert.whisper import load_whisper
 from lmspt_jax.data.audio_io import to_mono_at
 from lmspt_jax.errors import LmsptError
@@ -24,8 +24,8 @@ from lmspt_jax.measures.ears import Ears, language_code
 from lmspt_jax.measures.measure import ON_CPU, RATE, Measured, Pool, fitted
 from lmspt_jax.measures.names import METRICS, check_packages
 from lmspt_jax.measures.on_device import Sound, measure_on_device
+from lmspt_jax.models.tokenizer import PATHS
 
-PATHS = ('full', 'semantic', 'resynthesis')
 ORIGINAL = 'original'
 _WORDS = ('wer', 'cer')
 _FIELD = 'config field train.eval_metrics'
@@ -137,7 +137,7 @@ def _ears(config: ExperimentConfig, wanted: Sequence[str]) -> Ears | None:
   """ASR and teacher as `lmspt evaluate` takes them for a run, as far as they are wanted."""
   asr = teacher = None
   with_features = 'teacher_distance' in wanted
-  uri = _own_teacher(config.teacher) or config.train.eval_asr
+  uri = config.teacher.source or config.train.eval_asr
   if not set(_WORDS).isdisjoint(wanted) or (with_features and uri == config.train.eval_asr):
     try:
       asr = load_whisper(config.train.eval_asr, ('encoder', 'decoder'))
@@ -146,10 +146,6 @@ def _ears(config: ExperimentConfig, wanted: Sequence[str]) -> Ears | None:
   if with_features and uri != config.train.eval_asr:
     teacher = load_whisper(uri)
   return Ears(asr, teacher) if asr or teacher else None
-
-
-def _own_teacher(teacher: TeacherConfig) -> str:
-  return teacher.checkpoint if teacher.strategy != 'none' else ''
 
 
 def _figures(wanted: Sequence[str], rows: Sequence[Mapping[str, Measured]]) -> dict[str, float]:

@@ -14,6 +14,7 @@ from test_bad_input import CONFIG
 
 from lmspt_jax.checkpoint import CheckpointStore
 from lmspt_jax.measures import ears, measure
+from lmspt_jax.models.tokenizer import PATHS
 from lmspt_jax.models.whisper_decoding import Listener
 from lmspt_jax.pretrained.loading import load
 from lmspt_jax.training import evaluators, loop, setup
@@ -105,7 +106,7 @@ def test_every_path_is_measured(in_one_go):
   held_out = [row for row in rows(in_one_go) if BEST in row]
   assert [row['step'] for row in held_out] == list(range(0, STEPS + 1, EVERY))
   for row in held_out:
-    assert {f'held_out/{path}/{name}' for path in evaluators.PATHS for name in
+    assert {f'held_out/{path}/{name}' for path in PATHS for name in
             ('wer', 'stoi', 'si_sdr', 'mel_distance', 'teacher_distance')} <= row.keys()
     assert row['held_out/original/wer'] < 0.5 < row['held_out/full/wer']  # real speech, and an untrained model
     assert row['held_out/full/wer_missing'] == 1 and 'held_out/original/stoi' not in row
