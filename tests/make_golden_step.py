@@ -107,6 +107,7 @@ def recording_step(config: ExperimentConfig) -> tuple[Experiment, TrainState, Ca
 
   `weights` are a LossConfig's by name, 0 where one is missing, and an argument of the compiled program: any mixture
   of terms costs no compilation. `gradients` are the generator's and the discriminator's before clipping.
+  `step.program(state, batch)` is the compiled program's text.
   """
   experiment = Experiment(config, DIMS)
   state = fast(experiment.init)()
@@ -122,11 +123,15 @@ def recording_step(config: ExperimentConfig) -> tuple[Experiment, TrainState, Ca
 
   compiled = fast(step)
 
-  def run(state, batch, weights=None):
+  def arguments(state, batch, weights=None):
     default = {name: getattr(config.loss, name) for name in names}
     given = default if weights is None else {name: weights.get(name, 0.0) for name in names}
-    return compiled(state, tiny_teacher(), batch, {k: jnp.float32(v) for k, v in given.items()})
+    return state, tiny_teacher(), batch, {k: jnp.float32(v) for k, v in given.items()}
 
+  def run(*state_batch_weights):
+    return compiled(*arguments(*state_batch_weights))
+
+  run.program = lambda *state_batch: compiled.lower(*arguments(*state_batch)).compile().as_text()
   return experiment, state, run
 
 

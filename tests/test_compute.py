@@ -131,6 +131,13 @@ def test_a_step_that_is_not_finite_changes_nothing(states, batches):
                             states[1].generator['tokenizer']['decoder']['conv_in']['weight_v'])
 
 
+def test_what_decides_over_a_step_is_computed_once(states, batches):
+  """XLA:CPU copies cheap scalars, and what they are computed from, into every fusion that reads them: this one into the
+  choice of each of the state's arrays. The release's step so took 288 s and 16 GB to compile, not 56 s and 4.6 GB."""
+  _, state, step = recording_step(TINY)
+  assert step.program(states[1], batches[1]).count(' = ') < 120 * len(jax.tree.leaves(state))
+
+
 # ---------------------------------------------------------------- precision
 
 
