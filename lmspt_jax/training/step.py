@@ -215,8 +215,8 @@ def make_train_step(experiment: Experiment, shardings: TrainState | None = None)
               'loss/generator': g_loss, 'loss/discriminator': d_loss}
     norms = {'gradient/generator': optax.tree.norm(g_gradients), 'gradient/discriminator': optax.tree.norm(d_gradients)}
     broken = {name: ~jnp.isfinite(value) for name, value in {**losses, **norms}.items()}
-    # NaN where one of them is not finite, else 0. XLA:CPU copies cheap scalars into the choice of every leaf below: here
-    # it would be all that the losses are summed from. It does not copy a root.
+    # NaN where one of them is not finite, else 0. XLA:CPU copies cheap scalars into the choice of every leaf below: it
+    # would be all that the losses are summed from. It does not copy a root.
     skipped = jnp.isnan(optax.tree.norm([0 * value for value in (*losses.values(), *norms.values())]))
     new_state = TrainState(
         step=state.step, generator=new_generator, codebooks=updated.codebooks,
